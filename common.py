@@ -1,0 +1,599 @@
+"""What two or more stages share: labels, settings, the model of the paper and its loss, metrics, artifact files.
+
+In the order of the paper: labels (3.1, Appendix G), settings (Appendix E), backbones, prototype layer and Eq. (1) (3.3),
+loss Eq. (2)-(7) (3.4), projection Eq. (8) (3.5), macro-AUROC (3.1). After these the plumbing: command line, arrays, files.
+
+Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities, W [C, P], y [B, C].
+"""
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import scipy
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels (paper 3.1 and Appendix G, in PTB-XL's spelling and the row order of its scp_statements.csv)
+
+LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()
+SAMPLES, RATE = 1000, 100  # ten seconds at 100 Hz
+CODES = ("NDT NST_ DIG LNGQT NORM IMI ASMI LVH LAFB ISC_ IRBBB 1AVB IVCD ISCAL CRBBB CLBBB ILMI LAO/LAE AMI ALMI ISCIN "
+         "INJAS LMI ISCIL LPFB ISCAS INJAL ISCLA RVH ANEUR RAO/RAE EL WPW ILBBB IPLMI ISCAN IPMI SEHYP INJIN INJLA PMI "
+         "3AVB INJIL 2AVB ABQRS PVC STD_ VCLVH QWAVE LOWT NT_ PAC LPR INVT LVOLT HVOLT TAB_ STE_ PRC(S) SR AFIB STACH "
+         "SARRH SBRAD PACE SVARR BIGU AFLT SVTAC PSVT TRIGU").split()
+_RHYTHM = "1AVB 2AVB 3AVB AFIB AFLT BIGU IVCD PACE PSVT SARRH SBRAD SR STACH SVARR SVTAC TRIGU".split()
+_GLOBAL = "DIG EL NORM".split()
+GROUPS = {"rhythm": [c for c in CODES if c in _RHYTHM],
+          "morphology": [c for c in CODES if c not in _RHYTHM + _GLOBAL],
+          "global": [c for c in CODES if c in _GLOBAL],
+          "all": CODES}
+
+# Every model that can be trained: (kind of prototype, label group). "blackbox" has no prototypes.
+MODELS = {"rhythm": ("1d", "rhythm"), "morphology": ("partial", "morphology"), "global": ("global", "global"),
+          "all-1d": ("1d", "all"), "all-partial": ("partial", "all"), "all-global": ("global", "all"),
+          "blackbox-1d": ("blackbox", "all"), "blackbox-2d": ("blackbox", "all"),
+          "blackbox-rhythm": ("blackbox", "rhythm"), "blackbox-morphology": ("blackbox", "morphology"),
+          "blackbox-global": ("blackbox", "global")}
+BRANCHES = ["rhythm", "morphology", "global"]  # the paper's three
+IMAGENET = Path("data/resnet18-f37072fd.pth")  # torchvision's ResNet18 weights, fetched by 00_download.py --imagenet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of a run. The defaults are the default recipe; `PAPER` holds the authors' settings."""
+    recipe: str = "default"
+    seed: int = 42
+    # Network (3.3)
+    width: int = 64                  # channels of the first stage; 64 is ResNet18, 32 the small model
+    dropout: float = 0.2             # before the last residual stage (paper: tuned; place: authors' code)
+    scale_input: bool = True         # StandardScaler per lead, fitted on folds 1-8 (paper silent)
+    start: str = "blackbox-1d"       # backbone starts: random, imagenet (not the 1D models), or a black box of this run
+    pool: str = "meanmax"            # over time, 1D branch and black boxes: mean (paper) or mean and maximum
+    add_on: str = "whitened"         # whitened: one linear layer fitted to the start; sigmoid: two layers + sigmoid
+    prototypes: str = "data"         # start of p: data (real training windows of the class) or random
+    per_class: tuple = (5, 18, 7)    # prototypes per class: 1D, partial, global (authors' code)
+    a: tuple = (1.0, 1.0, 1.0)       # scale of Eq. (1): 1D, partial, global
+    top_k: int = 5                   # windows averaged into a partial prototype's score, of 30 (3.3, k unstated)
+    # Loss (3.4): lambda_div is divided by P^2 and lambda_cntrst by sqrt(P), so that they do not depend on P
+    lambda_clst: float = 0.5
+    lambda_sep: float = 0.1
+    lambda_div: float = 1.0
+    lambda_cntrst: float = 1.0
+    class_weights: bool = False      # w of Eq. (3): (N - n) / n instead of 1
+    sampler: str = "shuffle"         # shuffle, or weighted: records drawn by the inverse frequency of their labels
+    # Stage 1 (3.5, Appendix E)
+    head: str = "free"               # free: W starts at 1 / -0.5 and learns; frozen: it stays there (authors' code)
+    epochs: int = 20
+    patience: int = 10               # epochs without a better fold-9 macro-AUROC before stopping
+    batch: int = 128
+    lr: float = 5e-4
+    optimizer: str = "adamw"         # adamw, or adam (paper), whose weight decay is an L2 term
+    weight_decay: float = 0.02
+    scheduler: str = "onecycle"      # constant, cosine, plateau, step, cyclic, onecycle
+    augment: bool = True             # amplitude, noise, lead drop, time shift, blanked span; per record, on the device
+    ema: float = 0.99                # moving average of the weights over steps; 0 is none
+    blackbox_epochs: int = 60
+    blackbox_lr: float = 3e-3
+    # Stage 2
+    rounds: int = 1                  # Stages 1 + 2 (paper: twice)
+    unique: bool = True              # no two prototypes of a class on the same window
+
+    @property
+    def lambdas(self):
+        return self.lambda_clst, self.lambda_sep, self.lambda_div, self.lambda_cntrst
+
+
+# The authors' published and de facto settings (paper_facts of the README), run through the paper's equations.
+PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet", pool="mean", add_on="sigmoid",
+               prototypes="random", a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004, lambda_sep=0.0004,
+               lambda_div=250.0, lambda_cntrst=600.0, class_weights=True, head="frozen", epochs=200, patience=10,
+               batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False, ema=0.0,
+               blackbox_epochs=200, blackbox_lr=1e-4, rounds=2, unique=False)
+RECIPES = {"default": Config(), "paper": PAPER}
+
+
+def without_contrastive(cfg):
+    """The same settings with lambda_cntrst = 0; the paper recipe then takes Barnett et al.'s lambdas (Appendix E)."""
+    if cfg.recipe == "paper":
+        return replace(cfg, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0, lambda_cntrst=0.0)
+    return replace(cfg, lambda_cntrst=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbone (3.3)
+
+class Block(nn.Module):
+    """Two 3-tap convolutions and a shortcut (He et al. 2015, BasicBlock; torchvision's names, so its weights fit)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv1d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm1d(c_out)
+        self.conv2 = nn.Conv1d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm1d(c_out)
+        self.downsample = None
+        if stride != 1 or c_in != c_out:
+            self.downsample = nn.Sequential(nn.Conv1d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm1d(c_out))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+class ResNet18(nn.Module):
+    """The paper's ResNet1D-18 and its ResNet2D-18: x [B, 12, 1000] -> h [B, 8 * width, 32].
+
+    The 2D network takes 1 x 12 x 1000 and begins with a 12 x 7 kernel, so from there on the lead axis has height 1 and
+    of every 3 x 3 kernel only the middle row meets data. With (1, 3) kernels it is the same function at a third of the
+    arithmetic, and with the axis of height 1 left out it is this network: the 1D and 2D backbones are one function
+    class and differ in their start (`load_imagenet`) and in what follows. tests/test_common.py proves the equality.
+    Time: 1000 -> 500 (stem) -> 250 (pool) -> 250, 125, 63, 32. Width 64 has 3,848,832 parameters.
+    """
+
+    def __init__(self, width=64, dropout=0.0):
+        super().__init__()
+        self.conv1 = nn.Conv1d(12, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm1d(width)
+        c_in = width
+        for i, (c_out, stride) in enumerate([(width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)], start=1):
+            setattr(self, f"layer{i}", nn.Sequential(Block(c_in, c_out, stride), Block(c_out, c_out, 1)))
+            c_in = c_out
+        self.dropout = nn.Dropout(dropout)
+        self.channels = c_in
+        for m in self.modules():
+            if isinstance(m, nn.Conv1d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)       # [B, width, 500]
+        x = F.max_pool1d(x, 3, 2, 1)                            # [B, width, 250]
+        x = self.layer3(self.layer2(self.layer1(x)))            # [B, 4 * width, 63]
+        return self.layer4(self.dropout(x))                     # [B, 8 * width, 32]
+
+    def load_imagenet(self, state):
+        """Start from torchvision's ResNet18 `state` dict: middle kernel rows; the 12-lead stem stays random (3.3)."""
+        if self.channels != 512:
+            raise ValueError("ImageNet weights need width 64")
+        own = self.state_dict()
+        for key in own:
+            if key == "conv1.weight":
+                continue
+            weight = state[key]
+            own[key] = weight[:, :, weight.shape[2] // 2] if weight.ndim == 4 else weight
+        self.load_state_dict(own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prototype layer (3.3)
+
+WINDOW = {"1d": 1, "partial": 3, "global": 32}  # T: latent steps that a prototype spans (the 1D branch pools time first)
+
+
+def similarity(z, p, a=1.0):
+    """Eq. (1) between every window of z and every prototype.
+
+    z [B, D, L], p [P, D, T], scale a -> S [B, P, L - T + 1], each a * cosine of the flattened D x T patches.
+    """
+    z = z.float()
+    unit_p = F.normalize(p.flatten(1), dim=1).view_as(p)                             # p / |p|
+    squares = z.square().sum(1, keepdim=True)                                        # [B, 1, L]
+    norm_z = (F.avg_pool1d(squares, p.shape[2], 1) * p.shape[2]).clamp_min(1e-12).sqrt()   # |z| of each window
+    return a * F.conv1d(z, unit_p).float() / norm_z                                  # Eq. (1)
+
+
+def pool_over_time(h, how):
+    """h [B, D, L] -> [B, D or 2 D, 1]: the time average (paper), or average and maximum (`how` = "meanmax")."""
+    mean = h.mean(2, keepdim=True)
+    return mean if how == "mean" else torch.cat([mean, h.amax(2, keepdim=True)], 1)
+
+
+class Scaler(nn.Module):
+    """StandardScaler per lead as part of the model: (x - mean) / std, fitted by 01 on folds 1-8; identity if unscaled."""
+
+    def __init__(self, mean=None, std=None):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(12, 1) if mean is None else torch.tensor(mean).float().view(12, 1))
+        self.register_buffer("std", torch.ones(12, 1) if std is None else torch.tensor(std).float().view(12, 1))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class ProtoECGNet(nn.Module):
+    """One branch of the paper: backbone, add-on, prototypes p [P, D, T] with classes p_class [P], linear head W [C, P].
+
+    kind is "1d", "partial" or "global" (3.3): T = 1, 3 or 32 latent steps. `per_class` [C] counts prototypes by class.
+    `latent_dim` is D; by default what the backbone gives.
+    """
+
+    def __init__(self, kind, classes, per_class, cfg, scaler=None, latent_dim=None):
+        super().__init__()
+        i = list(WINDOW).index(kind)
+        self.kind, self.classes, self.pool, self.a = kind, list(classes), cfg.pool, cfg.a[i]
+        self.top_k = cfg.top_k if kind == "partial" else 1
+        self.scaler = scaler or Scaler()
+        self.backbone = ResNet18(cfg.width, cfg.dropout)
+        channels = self.backbone.channels * (2 if kind == "1d" and cfg.pool == "meanmax" else 1)
+        dim = latent_dim or channels
+        if cfg.add_on == "sigmoid":
+            self.add_on = nn.Sequential(nn.Conv1d(channels, dim, 1), nn.ReLU(), nn.Conv1d(dim, dim, 1), nn.Sigmoid())
+        else:
+            self.add_on = nn.Conv1d(channels, dim, 1)
+        p_class = torch.repeat_interleave(torch.arange(len(classes)), torch.as_tensor(per_class))     # [P]
+        self.register_buffer("p_class", p_class)
+        self.p = nn.Parameter(torch.rand(len(p_class), dim, WINDOW[kind]))
+        self.head = nn.Linear(len(p_class), len(classes))
+        own = F.one_hot(p_class, len(classes)).T.float()                              # [C, P]
+        self.head.weight.data = 1.5 * own - 0.5                                       # W_cp = 1 own class, -0.5 else (3.5)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, x):
+        """x [B, 12, 1000] mV -> what the add-on reads: [B, 512, 32], or for the 1D branch pooled over time [B, 512, 1]."""
+        h = self.backbone(self.scaler(x))
+        return pool_over_time(h, self.pool) if self.kind == "1d" else h
+
+    def latent(self, x):
+        """x [B, 12, 1000] mV -> z [B, D, L]."""
+        return self.add_on(self.features(x))
+
+    def scores(self, z):
+        """z [B, D, L] -> s [B, P]: the mean of the top-k windows of Eq. (1); 1D and global have one window."""
+        S = similarity(z, self.p, self.a)                                             # [B, P, windows]
+        k = min(self.top_k, S.shape[2])
+        return S.mean(2) if k == S.shape[2] else S.topk(k, dim=2).values.mean(2)
+
+    def forward(self, x):
+        """x [B, 12, 1000] mV -> logits [B, C], s [B, P]."""
+        s = self.scores(self.latent(x))
+        return self.head(s), s
+
+
+class BlackBox(nn.Module):
+    """The same backbone with pooling over time and one linear layer (the paper's baselines, 4.3)."""
+
+    def __init__(self, classes, cfg, scaler=None):
+        super().__init__()
+        self.kind, self.classes, self.pool = "blackbox", list(classes), cfg.pool
+        self.scaler = scaler or Scaler()
+        self.backbone = ResNet18(cfg.width, cfg.dropout)
+        self.dropout = nn.Dropout(0.5 if cfg.pool == "meanmax" else 0.0)
+        self.head = nn.Linear(self.backbone.channels * (2 if cfg.pool == "meanmax" else 1), len(classes))
+
+    def forward(self, x):
+        """x [B, 12, 1000] mV -> logits [B, C], pooled features [B, 512 or 1024]."""
+        h = pool_over_time(self.backbone(self.scaler(x)), self.pool).squeeze(2)
+        return self.head(self.dropout(h)), h
+
+
+def window_samples(kind, window):
+    """(first, end) sample that latent window `window` stands for: step k is centred on sample 32 k (paper Appendix D).
+
+    A partial window k..k+2 is [32 (k+1) - 47, 32 (k+1) + 47), 0.94 s, clipped to the record; the others are all of it.
+    """
+    if kind != "partial":
+        return 0, SAMPLES
+    centre = 32 * (window + 1)
+    return max(0, centre - 47), min(SAMPLES, centre + 47)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss (3.4)
+
+def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
+    """Eq. (2) and its terms, as a dict of scalars: total, bce, clst, sep, div, cntrst.
+
+    logits [B, C], s [B, P], y [B, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C] of the training labels,
+    lambdas (clst, sep, div, cntrst) as in Config, w [C] class weights or None. The BCE of Eq. (3) is averaged over
+    classes, which keeps the lambdas comparable between 3 and 71 labels. A record without a positive has no clustering
+    term, one with all labels no separation term; both still count in N.
+    """
+    N, P = s.shape
+    bce = F.binary_cross_entropy_with_logits(logits, y, reduction="none")                  # [B, C]
+    bce = (bce if w is None else w * bce).mean()                                           # Eq. (3)
+    present = y[:, p_class] > 0                                                            # [B, P]
+    clst = -_best(s, present).sum() / N                                                    # Eq. (4)
+    sep = _best(s, ~present).sum() / N                                                     # Eq. (5)
+    unit_p = F.normalize(p.flatten(1), dim=1)                                              # [P, D T]
+    S = unit_p @ unit_p.T                                                                  # [P, P] cosines
+    div = (S - torch.eye(P, dtype=S.dtype, device=S.device)).square().sum()                # Eq. (6)
+    C = jaccard[p_class][:, p_class]                                                       # [P, P], A J A^T
+    apart = 1 - C
+    cntrst = -((C * S).sum() / C.sum() - (apart * S).sum() / apart.sum().clamp_min(1e-12)) / 2       # Eq. (7)
+    l_clst, l_sep, l_div, l_cntrst = lambdas
+    total = bce + l_clst * clst + l_sep * sep + l_div / P**2 * div + l_cntrst / P**0.5 * cntrst      # Eq. (2)
+    return {"total": total, "bce": bce, "clst": clst, "sep": sep, "div": div, "cntrst": cntrst}
+
+
+def _best(s, mask):
+    """Row maximum of s [B, P] over mask, 0 where a row has nothing to choose from: [B]."""
+    best = s.masked_fill(~mask, -torch.inf).amax(1)
+    return torch.where(mask.any(1), best, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Projection (3.5, Stage 2)
+
+def project(z_of_class, ids_of_class, p, p_class, unique=False, runners=0):
+    """Eq. (8): for every prototype the most similar window among the training records that carry its class.
+
+    z_of_class(c) -> z [n, D, L] float32 and ids_of_class(c) -> ecg_id [n], ascending, for class index c.
+    Ties go to the lowest ecg_id, then the earliest window. With `unique` no two prototypes of a class take the same
+    window: the best match chooses first (if the class has enough windows).
+    Returns the projected p [P, D, T] and per prototype a list of (ecg_id, window, cosine): its source, then the best
+    window of up to `runners` other records.
+    """
+    projected, found = p.clone(), [None] * len(p)
+    for c in range(int(p_class.max()) + 1):
+        own = torch.where(p_class == c)[0]
+        if len(own) == 0:
+            continue
+        z, ids = z_of_class(c), ids_of_class(c)
+        S = torch.cat([similarity(part, p[own].to(part)) for part in z.split(512)])         # [n, own, windows]
+        S = S.transpose(0, 1).cpu().numpy()                                                 # [own, n, windows]
+        flat, taken = S.reshape(len(own), -1).copy(), 0
+        for i in np.argsort(-flat.max(1), kind="stable"):
+            at = int(flat[i].argmax())                     # the first maximum: lowest ecg_id, then earliest window
+            record, window = divmod(at, S.shape[2])
+            taken += 1
+            if unique and taken < flat.shape[1]:
+                flat[:, at] = -np.inf
+            j = int(own[i])
+            projected[j] = z[record, :, window:window + p.shape[2]].to(p)
+            best = S[i].argmax(1)                                                           # [n] window per record
+            score = S[i][np.arange(len(ids)), best]
+            others = [r for r in np.argsort(-score, kind="stable")[:runners + 1] if r != record][:runners]
+            found[j] = [(int(ids[record]), window, float(S[i, record, window]))]
+            found[j] += [(int(ids[r]), int(best[r]), float(score[r])) for r in others]
+    return projected, found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics (3.1)
+
+def auroc(y, score):
+    """AUROC of each column (Mann-Whitney with midranks): y, score [N, C] -> [C]; NaN without both a positive and a
+    negative. The macro-AUROC of Strodthoff et al. 2021 is the mean over columns, on the whole set at once."""
+    y = np.asarray(y, bool)
+    ranks = rankdata(score, axis=0)
+    positive = y.sum(0)
+    negative = len(y) - positive
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ((ranks * y).sum(0) - positive * (positive + 1) / 2) / (positive * negative)
+
+
+def macro_auroc(y, score):
+    """Mean AUROC over the columns that have both a positive and a negative; NaN if none has."""
+    each = auroc(y, score)
+    return float(np.nanmean(each)) if np.isfinite(each).any() else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: the same flags in every stage
+
+def argument_parser(doc):
+    """An ArgumentParser whose --help is the stage's docstring, with the flags that every stage shares."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("shared by all stages")
+    g.add_argument("--data", type=Path, help="folder of the PTB-XL records (default data/ptbxl)")
+    g.add_argument("--prep", type=Path, help="folder of the preprocessed arrays (default runs/prep)")
+    g.add_argument("--run", type=Path, help="folder of this run: one recipe, seed and setting (default runs/RECIPE)")
+    g.add_argument("--recipe", choices=list(RECIPES), default="default", help="our default, or the authors' settings")
+    g.add_argument("--model", nargs="+", choices=list(MODELS), metavar="MODEL",
+                   help=f"one or more of: {', '.join(MODELS)} (default: the paper's three branches)")
+    g.add_argument("--demo", action="store_true", help="small complete run on synthetic records in folders of its own")
+    g.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
+    g.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    g.add_argument("--force", action="store_true", help="use artifacts of another data set or setting, with a warning")
+    return p
+
+
+def parse(p, argv=None):
+    """Parse, fill in the default folders, and set threads and device: the Namespace every stage works with."""
+    args = p.parse_args(argv)
+    suffix = "" if args.recipe == "default" else f"-{args.recipe}"
+    args.data = args.data or Path("data/demo" if args.demo else "data/ptbxl")
+    args.prep = args.prep or Path("runs/demo-prep" if args.demo else "runs/prep")
+    args.run = args.run or Path(f"runs/demo{suffix}" if args.demo else f"runs/{args.recipe}")
+    if args.threads is not None:
+        if args.threads < 1:
+            p.error("--threads must be at least 1")
+        torch.set_num_threads(args.threads)
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+    args.device = torch.device(args.device)
+    return args
+
+
+def run(main):
+    """Call a stage's main(); turn Ctrl-C and a full disk into one sentence."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: finished files are whole; run the same command again (02 continues with --resume)")
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"the disk is full ({e.filename or 'while writing'}): free some space and run the same command again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Artifacts: written whole or not at all; each records what it was made from
+
+FORMAT = 1  # raised when an artifact's layout changes
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path in the same folder; on success it becomes `path` in one step, on failure it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path, value):
+    with replacing(path) as t:
+        t.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def save_npy(path, array):
+    with replacing(path) as t, open(t, "wb") as f:
+        np.save(f, array, allow_pickle=False)
+
+
+def save_pt(path, value):
+    with replacing(path) as t:
+        torch.save(value, t)
+
+
+def load_json(path, maker):
+    """JSON of `path`; exits naming `maker`, the command that writes it, when it is missing or damaged."""
+    try:
+        return json.loads(_there(path, maker).read_text())
+    except ValueError:
+        sys.exit(f"{path} is damaged: run `python {maker}` again")
+
+
+def load_npy(path, maker, mmap=False):
+    """Array of `path` (never pickled; memory-mapped if `mmap`); exits naming `maker` when missing or damaged."""
+    try:
+        return np.load(_there(path, maker), mmap_mode="c" if mmap else None, allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        sys.exit(f"{path} is damaged: run `python {maker}` again")
+
+
+def load_pt(path, maker, device="cpu"):
+    """Tensors and plain values of `path` (weights_only); exits naming `maker` when missing, damaged or not ours."""
+    try:
+        value = torch.load(_there(path, maker), map_location=device, weights_only=True)
+    except Exception:  # torch raises many kinds for a truncated or foreign file
+        sys.exit(f"{path} is damaged or not a file of this project: run `python {maker}` again")
+    if not isinstance(value, dict) or value.get("meta", {}).get("format") != FORMAT:
+        sys.exit(f"{path} has another layout than this version writes: run `python {maker}` again")
+    return value
+
+
+def _there(path, maker):
+    if not Path(path).is_file():
+        sys.exit(f"{path} is missing: run `python {maker}` first")
+    return Path(path)
+
+
+def file_hash(path):
+    """First 16 hex digits of a file's sha256: the fingerprint by which artifacts name their inputs."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def provenance(cfg, stage, **inputs):
+    """What goes beside every artifact: settings, versions, code and the fingerprints of the `inputs` (name=path)."""
+    here = Path(__file__).parent
+    return {"format": FORMAT, "stage": stage, "config": asdict(cfg), "inputs": inputs and {
+                name: file_hash(path) for name, path in inputs.items()},
+            "code": {name: file_hash(here / name) for name in ("common.py", stage)},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "scipy": scipy.__version__}}
+
+
+def same_input(meta, name, path, artifact, maker, force=False):
+    """Exit (or warn with --force) if `artifact`'s provenance `meta` was made from another `path` than is there now."""
+    if meta["inputs"].get(name) == file_hash(path):
+        return
+    message = f"{artifact} was made from another {path}: run `python {maker}` again"
+    if not force:
+        sys.exit(message + " (or --force to use it all the same)")
+    print(f"WARNING: {message}", file=sys.stderr)
+
+
+def load_prep(folder, maker="01_preprocess.py"):
+    """The arrays of 01 as a namespace: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71] uint8, folds, ecg_ids,
+    patient_ids [N], info (preprocess.json) and path, the file whose fingerprint stands for all of them."""
+    folder = Path(folder)
+    info = load_json(folder / "preprocess.json", maker)
+    prep = SimpleNamespace(info=info, path=folder / "preprocess.json")
+    for name in ("signals", "labels", "folds", "ecg_ids", "patient_ids"):
+        array = load_npy(folder / f"{name}.npy", maker, mmap=name == "signals")
+        if list(array.shape) != info["shapes"][name]:
+            sys.exit(f"{folder / name}.npy does not belong to {prep.path}: run `python {maker}` again")
+        setattr(prep, name, array)
+    prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10
+    return prep
+
+
+def learnable(prep, codes):
+    """(codes with at least one training record, codes without): the second kind is left out of every model."""
+    count = dict(zip(CODES, prep.labels[prep.train].sum(0)))
+    return [c for c in codes if count[c] > 0], [c for c in codes if count[c] == 0]
+
+
+def columns(codes):
+    """Column numbers of `codes` in labels.npy and in every saved prediction."""
+    return [CODES.index(c) for c in codes]
+
+
+def rounds_of(folder, name):
+    """Files name.pt, name_r2.pt, ... of a model's folder as [(round, path)], lowest first."""
+    found = [(int(p.stem.rpartition("_r")[2]) if "_r" in p.stem else 1, p) for p in Path(folder).glob(f"{name}*.pt")]
+    return sorted(found)
+
+
+def config_of(meta):
+    """The Config that an artifact's provenance holds (JSON turns tuples into lists)."""
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+
+
+def build(meta, scaler=None):
+    """An untrained model of the architecture that `meta` describes (see 02_train_joint.py)."""
+    cfg, kind = config_of(meta), MODELS[meta["model"]][0]
+    if kind == "blackbox":
+        return BlackBox(meta["classes"], cfg, scaler)
+    return ProtoECGNet(kind, meta["classes"], meta["per_class"], cfg, scaler, meta["latent_dim"])
+
+
+def load_model(path, maker, device="cpu"):
+    """(model in evaluation mode, its meta) of a joint.pt or projected.pt."""
+    saved = load_pt(path, maker, device)
+    try:
+        model = build(saved["meta"])
+        model.load_state_dict(saved["state"])
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        sys.exit(f"{path} holds another architecture than this version builds: run `python {maker}` again")
+    return model.to(device).eval(), saved["meta"]
+
+
+@torch.no_grad()
+def batched(f, prep, rows, device, batch=256):
+    """f(x) over prep.signals[rows] in batches of one fixed size, concatenated on the CPU: f gives [B, ...] tensors.
+
+    The last batch is padded to full size, so that a record's result does not depend on how many there are.
+    """
+    out = []
+    for i in range(0, len(rows), batch):
+        part = rows[i:i + batch]
+        x = torch.zeros(batch, len(LEADS), SAMPLES)
+        x[:len(part)] = torch.from_numpy(prep.signals[part])
+        out.append(f(x.to(device))[:len(part)].cpu())
+    return torch.cat(out)
