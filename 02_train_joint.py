@@ -15,7 +15,6 @@ writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log
 
 Last line: `runs/default: rhythm .938, morphology .918, global .940 (fold-9 macro-AUROC)`, with your own numbers.
 """
-import argparse
 import copy
 import dataclasses
 import sys
@@ -23,10 +22,11 @@ import time
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from torch.optim import lr_scheduler
 
 import common
-from common import CODES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
+from common import GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
 
 SCHEDULERS = {  # optimizer, learning rate, steps in all, steps of an epoch -> a torch scheduler, stepped every step
     "constant": lambda o, lr, steps, epoch: lr_scheduler.ConstantLR(o, 1.0),
@@ -59,6 +59,13 @@ def record_weights(y):
     return torch.where(weight > 0, weight, weight[weight > 0].min())                  # [N]; no label: as the commonest
 
 
+def boolean(text):
+    """Command-line yes or no."""
+    if text.lower() not in ("yes", "no", "true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("yes", "true", "1")
+
+
 def bfloat16_is_fast(device):
     """Whether bf16 autocast pays: a GPU with bf16, or a CPU with AVX512-bf16 or AMX instructions."""
     if device.type == "cuda":
@@ -82,6 +89,11 @@ def train(name, args, cfg, prep):
     folder, device = args.run / name, args.device
     suffix = "" if args.round == 1 else f"_r{args.round}"
     out, last = folder / f"joint{suffix}.pt", folder / f"last{suffix}.pt"
+    if args.resume and out.is_file():
+        done = common.load_pt(out, "02_train_joint.py")["meta"]
+        if common.config_of(done) == cfg and done["inputs"]["prep"] == common.file_hash(prep.path):
+            print(f"{name}: {out} is finished, kept")
+            return done["val_auroc"]
     epochs, lr = (cfg.blackbox_epochs, cfg.blackbox_lr) if black_box else (cfg.epochs, cfg.lr)
     torch.manual_seed(cfg.seed)
 
@@ -195,10 +207,88 @@ def train(name, args, cfg, prep):
 
 
 def start(name, args, cfg, prep, classes, meta):
-    """The untrained model of `meta` in the state that cfg asks for; adds to meta what is needed to build it again."""
-    kind, _ = MODELS[name]
+    """The model that training starts from; adds to `meta` what is needed to build it again (per_class, latent_dim)."""
+    kind, group = MODELS[name]
     scaler = common.Scaler(**prep.info["scaler"]) if cfg.scale_input else common.Scaler()
-    model = common.build(meta, scaler)
+    two_d = kind in ("partial", "global") or name in ("blackbox-2d", "blackbox-morphology", "blackbox-global")
+
+    if kind != "blackbox" and args.round > 1:  # Stages 1 and 2 repeated (Appendix E): go on from the projected prototypes
+        suffix = "" if args.round == 2 else f"_r{args.round - 1}"
+        path = args.run / name / f"projected{suffix}.pt"
+        model, before = common.load_model(path, common.command("03_project.py", name))
+        common.same_input(before, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
+        meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"])
+        meta["inputs"]["projected"] = common.file_hash(path)
+        return model
+
+    if kind == "blackbox":
+        model = common.build(meta, scaler)
+    else:  # no more prototypes than the class has windows
+        windows = 30 if kind == "partial" else 1
+        count = prep.labels[prep.train][:, common.columns(classes)].sum(0)
+        most = cfg.per_class[list(common.WINDOW).index(kind)]
+        meta.update(per_class=[min(most, windows * int(n)) for n in count], latent_dim=None)
+        if cfg.start.startswith("blackbox"):
+            return start_from_black_box(name, args, cfg, prep, meta, scaler)
+        model = common.build(meta, scaler)
+    if two_d and cfg.start != "random" and cfg.width == 64:
+        if not args.imagenet.is_file():
+            sys.exit(f"{args.imagenet} is missing: run `python 00_download.py --imagenet` first, or train with --start random")
+        model.backbone.load_imagenet(torch.load(args.imagenet, map_location="cpu", weights_only=True))
+    return model
+
+
+def start_from_black_box(name, args, cfg, prep, meta, scaler):
+    """A prototype model on the backbone of a trained black box, with whitened latents and real windows as prototypes.
+
+    The add-on maps each latent step to the black box's class directions (its head's rows) and whitens them over the
+    training records, so that a cosine compares diagnoses and not the few channels with the largest variance. Prototypes
+    start as real training windows: of each record of a class the window that points most in the class's direction, of
+    these the ones nearest to k-means centres.
+    """
+    kind, path = MODELS[name][0], args.run / cfg.start / "joint.pt"
+    maker = common.command("02_train_joint.py", cfg.start)
+    box, before = common.load_model(path, maker, args.device)
+    common.same_input(before, "prep", prep.path, path, maker, args.force)
+    if before["config"]["width"] != cfg.width:
+        sys.exit(f"{path} has width {before['config']['width']}, not {cfg.width}: run `python {maker}` again")
+    meta["inputs"]["start"] = common.file_hash(path)
+    meta["latent_dim"] = len(box.classes)
+    model = common.build(meta, scaler).to(args.device).eval()
+    model.backbone.load_state_dict(box.backbone.state_dict())
+
+    rows = np.flatnonzero(prep.train)
+    V = box.head.weight.data                                                          # [71, 512 or 1024]
+    if kind != "1d" and cfg.pool == "meanmax":  # one step's evidence through the average and through the maximum
+        V = V[:, :V.shape[1] // 2] + V[:, V.shape[1] // 2:]
+    model.add_on.weight.data, model.add_on.bias.data = V[:, :, None].clone(), torch.zeros_like(V[:, 0])
+    u = common.batched(model.latent, prep, rows, args.device)                         # [N, 71, L]
+    flat = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                         # [N L, 71]
+    centre = flat.mean(0)
+    variance, Q = torch.linalg.eigh(torch.cov(flat.T))
+    Z = Q @ torch.diag((variance + 0.1 * variance.mean()).rsqrt()) @ Q.T              # ZCA with a floor
+    z = torch.einsum("ed,ndl->nel", Z.float(), u - centre.float()[:, None])           # [N, D, L]
+    Z, centre = Z.to(V), centre.to(V)
+    model.add_on.weight.data = (Z @ V)[:, :, None].clone()
+    model.add_on.bias.data = -(Z @ centre)
+
+    carries = prep.labels[rows][:, common.columns(meta["classes"])] > 0
+    T, p = common.WINDOW[kind], []
+    for c, k in enumerate(meta["per_class"]):
+        members = np.flatnonzero(carries[:, c])
+        windows = z[members].unfold(2, T, 1).permute(0, 2, 1, 3).flatten(2)           # [n, windows, D T]
+        unit = torch.nn.functional.normalize(windows, dim=2)
+        direction = unit.mean((0, 1))
+        best = (unit @ direction).argmax(1)                                           # [n] the window of each record
+        unit = unit[torch.arange(len(unit)), best].numpy()
+        if k <= len(unit):
+            p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_)
+        else:
+            p.append(unit[np.arange(k) % len(unit)])
+    centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
+    members = [np.flatnonzero(carries[:, c]) for c in range(carries.shape[1])]
+    model.p.data, _ = common.project(lambda c: z[members[c]], lambda c: prep.ecg_ids[rows[members[c]]], centres,
+                                     model.p_class.cpu(), unique=True)
     return model
 
 
@@ -206,18 +296,31 @@ def main():
     p = common.argument_parser(__doc__)
     p.add_argument("--round", type=int, default=1, help="2 continues from the projected prototypes of round 1")
     p.add_argument("--resume", action="store_true", help="continue after the last whole epoch; keep finished models")
-    p.add_argument("--no-contrastive", action="store_true", help="train without the contrastive loss")
+    p.add_argument("--no-contrastive", action="store_true", help="train without the contrastive loss, Eq. (7)")
+    p.add_argument("--imagenet", type=common.Path, default=IMAGENET, help="torchvision's resnet18 weights (2D models)")
+    g = p.add_argument_group("change one setting of the recipe (see Config in common.py)")
     for field in dataclasses.fields(common.Config):
-        if field.name in ("width", "start", "epochs", "blackbox_epochs", "batch", "lr", "scheduler", "sampler"):
-            p.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, help="override the recipe")
+        if field.name not in ("recipe", "seed", "per_class", "a"):
+            g.add_argument(f"--{field.name.replace('_', '-')}", metavar=field.type.__name__.upper(), default=None,
+                           type=boolean if field.type is bool else field.type)
     args = common.parse(p)
-    cfg = dataclasses.replace(common.RECIPES[args.recipe], seed=args.seed)
     prep = common.load_prep(args.prep)
-    over = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if getattr(args, f.name, None) is not None
-            and f.name not in ("recipe", "seed")}
-    cfg = dataclasses.replace(cfg, **over)
-    for name in args.model or common.BRANCHES:
-        train(name, args, cfg, prep)
+    cfg = common.recipe(args)
+    if args.no_contrastive:
+        cfg = common.without_contrastive(cfg)
+    changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
+               and getattr(args, f.name, None) is not None}
+    cfg = dataclasses.replace(cfg, **changed)
+    if cfg.scheduler not in SCHEDULERS:
+        p.error(f"--scheduler must be one of {', '.join(SCHEDULERS)}")
+
+    names = args.model or common.BRANCHES
+    needs_start = cfg.start.startswith("blackbox") and any(MODELS[n][0] != "blackbox" for n in names) and args.round == 1
+    if needs_start and cfg.start not in names and not (args.run / cfg.start / "joint.pt").is_file():
+        print(f"{args.run} has no {cfg.start} yet, which the prototype models start from: training it first")
+        names = [cfg.start, *names]
+    best = {name: train(name, args, cfg, prep) for name in sorted(names, key=lambda n: n != cfg.start)}
+    print(f"{args.run}: {', '.join(f'{n} {v:.4f}' for n, v in best.items())} (fold-9 macro-AUROC)")
 
 
 if __name__ == "__main__":

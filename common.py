@@ -107,6 +107,15 @@ PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet"
 RECIPES = {"default": Config(), "paper": PAPER}
 
 
+DEMO = dict(width=16, epochs=6, blackbox_epochs=25, batch=32, start="blackbox-1d")  # what --demo changes
+
+
+def recipe(args):
+    """The Config that --recipe, --seed and --demo ask for."""
+    cfg = replace(RECIPES[args.recipe], seed=args.seed)
+    return replace(cfg, **(DEMO if args.recipe == "default" else {**DEMO, "start": "random"})) if args.demo else cfg
+
+
 def without_contrastive(cfg):
     """The same settings with lambda_cntrst = 0; the paper recipe then takes Barnett et al.'s lambdas (Appendix E)."""
     if cfg.recipe == "paper":
@@ -514,7 +523,7 @@ def provenance(cfg, stage, **inputs):
     return {"format": FORMAT, "stage": stage, "config": asdict(cfg), "inputs": inputs and {
                 name: file_hash(path) for name, path in inputs.items()},
             "code": {name: file_hash(here / name) for name in ("common.py", stage)},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
                          "scipy": scipy.__version__}}
 
 
@@ -554,10 +563,23 @@ def columns(codes):
     return [CODES.index(c) for c in codes]
 
 
-def rounds_of(folder, name):
-    """Files name.pt, name_r2.pt, ... of a model's folder as [(round, path)], lowest first."""
+def newest(folder, name, maker):
+    """(round, path) of the highest round of name.pt, name_r2.pt, ... in a model's folder; exits if there is none."""
     found = [(int(p.stem.rpartition("_r")[2]) if "_r" in p.stem else 1, p) for p in Path(folder).glob(f"{name}*.pt")]
-    return sorted(found)
+    return max(found) if found else (1, _there(Path(folder) / f"{name}.pt", maker))
+
+
+def command(stage, model, round_=1):
+    """The command that makes a model's artifact of one round, for messages."""
+    return f"{stage} --model {model}" + (f" --round {round_}" if round_ > 1 else "")
+
+
+def prototype_models(args):
+    """The prototype models to work on: those of --model, or all that 02 has trained in the run (in MODELS' order)."""
+    have = [m for m, (kind, _) in MODELS.items() if kind != "blackbox" and list((args.run / m).glob("joint*.pt"))]
+    if not args.model and not have:
+        sys.exit(f"{args.run} holds no trained model: run `python 02_train_joint.py` first")
+    return [m for m in args.model or have if MODELS[m][0] != "blackbox"]
 
 
 def config_of(meta):

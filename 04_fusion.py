@@ -1,0 +1,281 @@
+"""Stage 04, classifiers (paper 3.5, Stage 3, Eq. 9-10): sparse linear layers on the frozen prototypes' similarities.
+
+One forward pass per branch caches every record's similarity to every prototype. On the standardised scores of folds
+1-8 it then solves the convex problem of Eq. (10) to its optimum, for each branch on its own labels and for the fusion
+of all branches on all labels; the L1 strength is chosen on fold 9. Off-class weights only carry the L1 term.
+
+reads   PREP/*.npy, RUN/MODEL/joint.pt and projected.pt (the highest round), RUN/blackbox-*/joint.pt
+writes  RUN/MODEL/scores.npy   float32 [N, P], every record's similarities, in PREP's order
+        RUN/MODEL/classifier.pt, RUN/fusion.pt, RUN/fusion-own.pt    W [C, P], b [C], mean [P], std [P], and what they are
+        RUN/logits_NAME.npy, probabilities_NAME.npy    float32 [records of folds 9 and 10, 71], NaN for labels not modelled
+        RUN/predictions.json   what each NAME is, and what it was made from
+
+    python 04_fusion.py                      every model of the run, and the fusion if the three branches are there
+    python 04_fusion.py --model rhythm       one of them
+
+Last line: `runs/default: fold-9 macro-AUROC fusion .935, macro .930, rhythm .940, ...`, with your own numbers.
+"""
+import sys
+import time
+
+import numpy as np
+import torch
+from scipy.special import expit
+from tqdm import tqdm
+
+import common
+from common import BRANCHES, CODES, MODELS
+
+STRENGTHS = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4]  # lambda of Eq. (10), tried from strong to weak
+L2 = 1e-3  # on all weights, in units of the mean BCE; without it a class that is separable has no optimum
+ENTERING = 64     # weights that may join a class's working set at a time
+TOLERANCE = 1e-5  # on the optimality conditions, in the same units
+
+
+def fit(X, Y, off, strength, W, b, l2=L2, tolerance=TOLERANCE, rounds=200):
+    """Minimise Eq. (10), mean BCE + strength * |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b.
+
+    X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another class's prototype
+    (strength inf forbids these), all float64. Every class is a convex problem of its own: Newton's method on a working
+    set of own-class weights, non-zero weights and those that violate optimality most, each step a small quadratic
+    problem with L1. Returns W [C, P], b [C] and the largest violation of the optimality conditions.
+    """
+    W, b = W.copy(), b.copy()
+    for _ in range(rounds):
+        G = (expit(X @ W.T + b) - Y).T @ X / len(X) + l2 * W                                # [C, P] smooth gradient
+        violation = np.where(off & (W == 0), np.maximum(np.abs(G) - strength, 0), np.abs(G + penalty_slope(W, off, strength)))
+        todo = np.flatnonzero(violation.max(1) > tolerance)
+        if len(todo) == 0:
+            break
+        for c in todo:
+            entering = np.flatnonzero(off[c] & (W[c] == 0) & (violation[c] > 0))
+            entering = entering[np.argsort(-violation[c, entering])[:ENTERING]]
+            work = np.union1d(np.flatnonzero(~off[c] | (W[c] != 0)), entering)
+            l1 = np.where(off[c, work], strength, 0.0)
+            W[c, work], b[c] = newton(X[:, work], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
+    return W, b, float(violation.max())
+
+
+def penalty_slope(W, off, strength):
+    """Derivative of strength * |W| over `off` where W is not 0 (0 elsewhere, also if the strength is inf)."""
+    return np.where(off & (W != 0), np.sign(W), 0.0) * (strength if np.isfinite(strength) else 0.0)
+
+
+def newton(X, y, l1, w, b, l2, tolerance):
+    """Eq. (10) for one class: X [N, A], y [N], l1 [A], start w [A], b -> w, b. Proximal Newton with step halving."""
+    X = np.column_stack([X, np.ones(len(X))])                                               # the bias is the last weight
+    v, l1 = np.append(w, b), np.append(l1, 0.0)
+    ridge = np.append(np.full(len(w), l2), 0.0)
+
+    def objective(v):
+        m = X @ v
+        return np.mean(np.logaddexp(0, m) - y * m) + (ridge * v * v).sum() / 2 + (l1 * np.abs(v)).sum(), m
+
+    value, m = objective(v)
+    for _ in range(50):
+        prob = expit(m)
+        g = X.T @ (prob - y) / len(y) + ridge * v
+        slope = np.where(v != 0, np.abs(g + l1 * np.sign(v)), np.maximum(np.abs(g) - l1, 0))
+        if slope.max() < tolerance:
+            break
+        H = (X * (prob * (1 - prob))[:, None]).T @ X / len(y) + np.diag(ridge + 1e-9)
+        step = feature_sign(H, H @ v - g, l1, v, tolerance / 10) - v
+        for t in 0.5 ** np.arange(20):
+            trial, m_trial = objective(v + t * step)
+            if trial <= value:
+                break
+        else:
+            break
+        v, value, m = v + t * step, trial, m_trial
+    return v[:-1], v[-1]
+
+
+def feature_sign(H, r, l1, v, tolerance):
+    """Minimise v H v / 2 - r v + l1 |v| exactly by guessing signs (Lee et al. 2006): H [A, A], r, l1, start v [A]."""
+    v = v.copy()
+    sign = np.sign(v)
+    for _ in range(20 * len(v)):
+        on = np.flatnonzero((sign != 0) | (l1 == 0))
+        new = np.linalg.solve(H[np.ix_(on, on)], r[on] - l1[on] * sign[on])
+        wrong = (l1[on] > 0) & (np.sign(new) != sign[on])
+        if wrong.any():  # go along the line to the best point where a weight reaches zero
+            old, move = v[on], new - v[on]
+            stops = np.append(-old[wrong] / move[wrong], 1.0)
+            points = old + stops[:, None] * move
+            points[np.arange(len(stops) - 1), np.flatnonzero(wrong)] = 0
+            cost = ((points @ H[np.ix_(on, on)]) * points).sum(1) / 2 - points @ r[on] + np.abs(points) @ l1[on]
+            v[on] = points[cost.argmin()]
+            sign = np.sign(v)
+            continue
+        v[on] = new
+        g = H @ v - r
+        excess = np.where((sign == 0) & (l1 > 0), np.abs(g) - l1, 0)
+        j = excess.argmax()
+        if excess[j] <= tolerance:
+            break
+        sign[j] = -np.sign(g[j])
+    return v
+
+
+def fit_path(X, Y, off, X_val, y_val, what):
+    """Fit Eq. (10) from strong to weak L1 and keep the largest strength within .001 of fold 9's best macro-AUROC.
+
+    X [N, P], X_val [M, P] standardised, Y [N, C], y_val [M, C], off [C, P]. Returns W, b and the table of the path.
+    """
+    C, P = off.shape
+    prior = Y.mean(0)
+    W, b = np.zeros((C, P)), np.log(prior / np.maximum(1 - prior, 1e-9))
+    path, fits = [], []
+    for strength in tqdm(STRENGTHS, desc=f"{what}: L1 strengths", leave=False):
+        W, b, violation = fit(X, Y, off, strength, W, b)
+        auroc = common.macro_auroc(y_val, X_val @ W.T + b)
+        path.append({"strength": strength, "val_auroc": auroc, "nonzero": int((W != 0).sum()), "violation": violation})
+        fits.append((W, b))
+        if auroc < max(row["val_auroc"] for row in path) - 0.002:  # past the optimum; weaker ones only take longer
+            break
+    best = max(row["val_auroc"] for row in path)
+    chosen = next(i for i, row in enumerate(path) if not row["val_auroc"] < best - 0.001)
+    return *fits[chosen], path, STRENGTHS[chosen]
+
+
+def standardise(scores, prep, own_records):
+    """scores [N, P] -> (X of folds 1-8, X of fold 9, X of folds 9 and 10, mean [P], std [P]), float64.
+
+    own_records [P] is the row each prototype was taken from: a record's perfect match with itself says nothing about
+    new records, so that entry is set to the mean (0).
+    """
+    scores = scores.astype(np.float64)
+    mean, std = scores[prep.train].mean(0), scores[prep.train].std(0).clip(1e-6)
+    X = (scores - mean) / std
+    X[own_records, np.arange(len(own_records))] = 0
+    return X[prep.train], X[prep.val], X[prep.val | prep.test], mean, std
+
+
+def main():
+    p = common.argument_parser(__doc__)
+    args = common.parse(p)
+    prep = common.load_prep(args.prep)
+    device, later = args.device, np.flatnonzero(prep.val | prep.test)
+    predictions_path = args.run / "predictions.json"
+    predictions = {"format": common.FORMAT, "inputs": {"prep": common.file_hash(prep.path)}, "models": {}}
+    if predictions_path.is_file():
+        old = common.load_json(predictions_path, "04_fusion.py")
+        if old["inputs"] == predictions["inputs"]:
+            predictions = old
+    summary = {}
+
+    def save_predictions(name, about, classes, logits, inputs, **more):
+        """logits [folds 9 and 10, C] -> the two arrays of NAME over all 71 columns, and its line in predictions.json."""
+        full = np.full((len(later), len(CODES)), np.nan, np.float32)
+        full[:, common.columns(classes)] = logits
+        common.save_npy(args.run / f"logits_{name}.npy", full)
+        common.save_npy(args.run / f"probabilities_{name}.npy", 1 / (1 + np.exp(-full.astype(np.float64))))
+        on_val = prep.val[later]
+        summary[name] = common.macro_auroc(prep.labels[later][on_val][:, common.columns(classes)],
+                                           full[on_val][:, common.columns(classes)])
+        predictions["models"][name] = {"about": about, "classes": classes, "val_auroc": summary[name], "inputs": inputs,
+                                       **more}
+        common.save_json(predictions_path, predictions)
+
+    def classify(name, about, scores, own_records, p_code, classes, inputs, meta, path, own_only=False):
+        """Fit Eq. (10) for `classes` on scores [N, P] whose prototypes have codes p_code [P]; save it with its logits."""
+        began = time.time()
+        X, X_val, X_later, mean, std = standardise(scores, prep, own_records)
+        Y = prep.labels[prep.train][:, common.columns(classes)].astype(np.float64)
+        y_val = prep.labels[prep.val][:, common.columns(classes)]
+        off = np.array([[q != c for q in p_code] for c in classes])                         # [C, P]
+        if own_only:
+            prior = Y.mean(0)
+            W, b, violation = fit(X, Y, off, np.inf, np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9)))
+            path_rows, strength = [{"violation": violation}], None
+        else:
+            W, b, path_rows, strength = fit_path(X, Y, off, X_val, y_val, name)
+        nonzero = int((W != 0).sum())
+        fitted = {"strength": strength, "l2": L2, "path": path_rows, "nonzero": nonzero, "weights": W.size}
+        meta = {**meta, **fitted, "classes": classes}
+        if path:
+            common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
+                                  dict(W=W, b=b, mean=mean, std=std).items()}})
+            common.save_json(path.with_suffix(".json"), meta)
+        save_predictions(name, about, classes, X_later @ W.T + b, inputs,
+                         seconds=round(time.time() - began, 1), **fitted)
+        print(f"{name:22s} fold 9 {summary[name]:.4f}  {nonzero:6,} of {W.size:6,} weights  "
+              f"{'own class only' if own_only else f'lambda {strength:.0e}'}  {time.time() - began:.1f} s", flush=True)
+
+    # Black boxes: their own logits
+    present = [m for m in MODELS if list((args.run / m).glob("joint*.pt"))] or common.prototype_models(args)
+    for name in [m for m in args.model or present if MODELS[m][0] == "blackbox"]:
+        path = args.run / name / "joint.pt"
+        model, meta = common.load_model(path, f"02_train_joint.py --model {name}", device)
+        common.same_input(meta, "prep", prep.path, path, f"02_train_joint.py --model {name}", args.force)
+        logits = common.batched(lambda x: model(x)[0], prep, later, device)
+        save_predictions(name, "black box", model.classes, logits.numpy(), {str(path.name): common.file_hash(path)})
+        print(f"{name:22s} fold 9 {summary[name]:.4f}", flush=True)
+
+    # Prototype models: one pass for all scores, then the branch classifier
+    cached = {}
+    for name in [m for m in args.model or present if MODELS[m][0] != "blackbox"]:
+        round_, path = common.newest(args.run / name, "projected", f"03_project.py --model {name}")
+        joint = path.with_name(path.name.replace("projected", "joint"))
+        model, meta = common.load_model(path, f"03_project.py --model {name}", device)
+        common.same_input(meta, "joint", joint, path, f"03_project.py --model {name}", args.force)
+        common.same_input(meta, "prep", prep.path, path, f"03_project.py --model {name}", args.force)
+        record = common.load_json(path.with_name("prototypes.json"), f"03_project.py --model {name}")
+        before = common.load_model(joint, common.command("02_train_joint.py", name, round_), device)[0]
+        projected, unprojected = model.p.data, before.p.data
+
+        def both_scores(x):
+            """x [B, 12, 1000] -> similarities to the projected and to the unprojected prototypes [B, 2, P]."""
+            z, s = model.latent(x), []
+            for model.p.data in (unprojected, projected):
+                s.append(model.scores(z))
+            return torch.stack(s[::-1], 1)
+
+        parts = np.array_split(np.arange(len(prep.folds)), max(1, len(prep.folds) // 2048))
+        scores, scores_before = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in
+                                                tqdm(parts, desc=f"{name}: scores", leave=False)]).transpose(1, 0, 2)
+        common.save_npy(path.with_name("scores.npy"), scores)
+        rows = np.searchsorted(prep.ecg_ids, [q["ecg_id"] for q in record["prototypes"]])
+        p_code = [model.classes[c] for c in model.p_class.tolist()]
+        inputs = {f"{name}/{path.name}": common.file_hash(path)}
+        for step, head, s in (("joint", before.head, scores_before), ("projected", model.head, scores)):
+            with torch.no_grad():
+                logits = head(torch.from_numpy(s[later]).to(device)).cpu().numpy()
+            save_predictions(f"{name}-{step}", f"{name} with Stage 1's head, {'before' if step == 'joint' else 'after'} "
+                             "projection", model.classes, logits, inputs)
+        made = common.provenance(common.config_of(meta), "04_fusion.py", projected=path, prep=prep.path)
+        classify(name, f"{name} branch, sparse classifier", scores, rows, p_code, model.classes, inputs,
+                 {**made, "model": name}, path.with_name("classifier.pt"))
+        classify(f"{name}-unprojected", f"{name} branch, sparse classifier on the prototypes before projection",
+                 scores_before, rows, p_code, model.classes, inputs, {}, None)
+        cached[name] = (scores, scores_before, rows, p_code, model.classes, inputs, made)
+
+    # Fusion: the branches' scores side by side, Eq. (9)
+    if all(b in cached for b in BRANCHES):
+        scores, scores_before, rows = (np.concatenate([cached[b][i] for b in BRANCHES], -1) for i in range(3))
+        p_code, codes = sum((cached[b][3] for b in BRANCHES), []), sum((cached[b][4] for b in BRANCHES), [])
+        classes = [c for c in CODES if c in codes]
+        inputs = {k: v for b in BRANCHES for k, v in cached[b][5].items()}
+        made = {**cached["rhythm"][6], "model": "fusion", "inputs": inputs,
+                "branches": [[b, cached[b][0].shape[1]] for b in BRANCHES]}
+        classify("fusion", "fusion classifier, Eq. (10)", scores, rows, p_code, classes, inputs, made, args.run / "fusion.pt")
+        classify("fusion-own", "fusion with own-class weights only", scores, rows, p_code, classes, inputs, made,
+                 args.run / "fusion-own.pt", own_only=True)
+        classify("fusion-unprojected", "fusion on the prototypes before projection", scores_before, rows, p_code, classes,
+                 inputs, {}, None)
+
+    # Macro aggregation: each label from its own branch
+    for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):
+        if all(m in predictions["models"] for m in members):
+            logits = [np.load(args.run / f"logits_{m}.npy") for m in members]
+            classes = sum((predictions["models"][m]["classes"] for m in members), [])
+            merged = np.nan_to_num(np.stack(logits)).sum(0)[:, common.columns(classes)]  # the groups are disjoint
+            save_predictions(name, "each label from its own branch", classes, merged,
+                             {k: v for m in members for k, v in predictions["models"][m]["inputs"].items()})
+            print(f"{name:22s} fold 9 {summary[name]:.4f}")
+    first = [n for n in ("fusion", "macro", *MODELS) if n in summary]
+    print(f"{args.run}: fold-9 macro-AUROC " + ", ".join(f"{n} {summary[n]:.4f}" for n in first))
+
+
+if __name__ == "__main__":
+    common.run(main)

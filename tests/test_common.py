@@ -1,0 +1,930 @@
+"""common.py: every equation against a slow double loop written from the paper, the network against the literal 2D one,
+projection against brute force, AUROC against scikit-learn, and artifacts under every kind of damage."""
+import errno
+import json
+import math
+import os
+import pickle
+import signal
+import zipfile
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+import common
+from common import CODES, GROUPS, PAPER, Config
+from conftest import run_stage, sentence, write_joint
+
+MAKER = "01_preprocess.py"
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels and settings
+
+def test_labels_are_16_52_3_disjoint_with_union_71():
+    rhythm, morphology, global_ = (GROUPS[g] for g in ("rhythm", "morphology", "global"))
+    assert (len(rhythm), len(morphology), len(global_)) == (16, 52, 3)
+    assert len(CODES) == len(set(CODES)) == len(set(rhythm) | set(morphology) | set(global_)) == 71
+    assert set(rhythm) == set("1AVB 2AVB 3AVB AFIB AFLT BIGU IVCD PACE PSVT SARRH SBRAD SR STACH SVARR SVTAC TRIGU".split())
+    assert set(global_) == {"DIG", "EL", "NORM"}
+    assert {"INVT", "ISC_", "NST_", "STD_", "STE_", "TAB_", "NT_", "LAO/LAE", "PRC(S)"} <= set(morphology)
+    for group in GROUPS.values():
+        assert list(group) == sorted(group, key=CODES.index)  # columns in the order of scp_statements.csv
+        assert [CODES[c] for c in common.columns(group)] == list(group)
+
+
+def test_paper_recipe_has_the_authors_numbers():
+    assert PAPER.per_class == (5, 18, 7) and PAPER.a == (1.0, 13.0, 4.0) and PAPER.top_k == 30
+    assert PAPER.lambdas == (0.004, 0.0004, 250.0, 600.0)
+    assert common.without_contrastive(PAPER).lambdas == (0.8, 0.08, 100.0, 0.0)
+    assert common.without_contrastive(Config()).lambdas == (*Config().lambdas[:3], 0.0)
+    assert (PAPER.lr, PAPER.batch, PAPER.dropout, PAPER.weight_decay, PAPER.seed) == (1e-4, 32, 0.35, 1.7e-4, 42)
+    assert not PAPER.scale_input and PAPER.add_on == "sigmoid" and PAPER.head == "frozen" and PAPER.rounds == 2
+
+
+@pytest.mark.parametrize("recipe", common.RECIPES)
+def test_config_survives_json(recipe):
+    cfg = common.RECIPES[recipe]
+    assert common.config_of(json.loads(json.dumps({"config": asdict(cfg)}))) == cfg
+
+
+def test_labels_without_training_record_are_left_out(tiny_prep):
+    prep = tiny_prep(codes=("SR", "AFIB"))
+    prep.labels[prep.val, CODES.index("STACH")] = 1  # positives outside the training folds do not count
+    learned, left_out = common.learnable(prep, GROUPS["rhythm"])
+    assert sorted(learned) == ["AFIB", "SR"] and "STACH" in left_out and len(learned) + len(left_out) == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. (1)
+
+def slow_similarity(z, p, a):
+    """Eq. (1) for every window: the patch and the prototype flattened, normalised, multiplied."""
+    z, p = z.double().numpy(), p.double().numpy()
+    B, D, L = z.shape
+    P, _, T = p.shape
+    S = np.zeros((B, P, L - T + 1))
+    for i in range(B):
+        for j in range(P):
+            for t in range(L - T + 1):
+                patch, proto = z[i, :, t:t + T].reshape(-1), p[j].reshape(-1)
+                S[i, j, t] = sum(a * u * v for u, v in zip(patch / math.sqrt((patch * patch).sum()),
+                                                          proto / math.sqrt((proto * proto).sum())))
+    return S
+
+
+SHAPES = [(1, 1, 1.0), (3, 9, 13.0), (32, 32, 4.0)]  # T, L, a
+
+
+@pytest.mark.parametrize("T, L, a", SHAPES)
+def test_similarity_equals_explicit_windows(T, L, a):
+    z, p = random(3, 5, L, seed=1) * 3 + 1, random(4, 5, T, seed=2)
+    S = common.similarity(z.float(), p.float(), a)
+    assert S.shape == (3, 4, L - T + 1) and S.dtype == torch.float32
+    np.testing.assert_allclose(S.numpy(), slow_similarity(z.float(), p.float(), a), rtol=0, atol=1e-6 * a)
+
+
+@pytest.mark.parametrize("T, L, a", SHAPES)
+def test_similarity_in_float64(T, L, a):
+    z, p = random(2, 5, L, seed=1), random(4, 5, T, seed=2)
+    S = common.similarity(z, p, a)
+    assert S.dtype == torch.float64
+    np.testing.assert_allclose(S.numpy(), slow_similarity(z, p, a), rtol=0, atol=1e-12 * a)
+
+
+def test_similarity_ignores_length_and_is_a_for_itself():
+    z, p = random(2, 5, 9, dtype=torch.float32), random(4, 5, 3, seed=2, dtype=torch.float32)
+    torch.testing.assert_close(common.similarity(7 * z, 0.01 * p, 2.0), common.similarity(z, p, 2.0))
+    torch.testing.assert_close(common.similarity(z[:1], z[:1, :, 4:7], 13.0)[0, 0, 4], torch.tensor(13.0))
+    assert (common.similarity(torch.zeros(1, 5, 9), p) == 0).all()  # an empty latent resembles nothing; no NaN
+
+
+@pytest.mark.parametrize("T, L, a", [(1, 1, 1.0), (3, 6, 13.0), (5, 5, 4.0)])
+def test_similarity_gradcheck(T, L, a):
+    z, p = random(2, 3, L, seed=3).requires_grad_(), random(2, 3, T, seed=4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, p: common.similarity(z, p, a), (z, p))
+
+
+def small_model(kind, cfg=Config(width=2, per_class=(2, 3, 2)), classes=("SR", "AFIB", "IMI"), per_class=(2, 3, 2)):
+    torch.manual_seed(1)
+    return common.ProtoECGNet(kind, classes, per_class, cfg, latent_dim=5).eval()
+
+
+@pytest.mark.parametrize("k", [1, 5, 30, 99])
+def test_partial_score_is_the_mean_of_the_top_k_windows(k):
+    model = small_model("partial", Config(width=2, top_k=k, a=(1.0, 13.0, 4.0)))
+    z = random(3, 5, 32, seed=5, dtype=torch.float32)
+    S = slow_similarity(z, model.p.data, 13.0)
+    assert S.shape[2] == 30
+    slow = [[sum(sorted(windows, reverse=True)[:k]) / min(k, 30) for windows in record] for record in S]
+    np.testing.assert_allclose(model.scores(z).detach(), slow, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, L, a", [("1d", 1, 1.0), ("global", 32, 4.0)])
+def test_global_prototypes_have_one_window(kind, L, a):
+    model = small_model(kind, Config(width=2, a=(1.0, 13.0, 4.0)))
+    z = random(3, 5, L, seed=5, dtype=torch.float32)
+    np.testing.assert_allclose(model.scores(z).detach(), slow_similarity(z, model.p.data, a)[:, :, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", common.WINDOW)
+@pytest.mark.parametrize("recipe", common.RECIPES)
+def test_model_shapes_and_head_start(kind, recipe):
+    cfg = common.replace(common.RECIPES[recipe], width=2)
+    model = common.ProtoECGNet(kind, ["SR", "AFIB", "IMI"], [2, 0, 1], cfg).eval()
+    assert model.p_class.tolist() == [0, 0, 2]
+    assert model.head.weight.tolist() == [[1, 1, -0.5], [-0.5, -0.5, -0.5], [-0.5, -0.5, 1]]
+    assert model.head.bias.tolist() == [0, 0, 0]
+    assert model.p.shape[2] == {"1d": 1, "partial": 3, "global": 32}[kind]
+    with torch.no_grad():
+        x = random(2, 12, 1000, dtype=torch.float32)
+        logits, s = model(x)
+        z = model.latent(x)
+    assert logits.shape == (2, 3) and s.shape == (2, 3)
+    assert z.shape[2] == (1 if kind == "1d" else 32)
+    torch.testing.assert_close(logits, s @ model.head.weight.detach().T)
+    if recipe == "paper":
+        assert ((z > 0) & (z < 1)).all()  # sigmoid add-on
+
+
+@pytest.mark.parametrize("how", ["mean", "meanmax"])
+def test_pooling_over_time(how):
+    h = random(2, 3, 7)
+    pooled = common.pool_over_time(h, how)
+    mean = [[sum(row) / 7 for row in record] for record in h.tolist()]
+    want = mean if how == "mean" else [m + [max(row) for row in record] for m, record in zip(mean, h.tolist())]
+    torch.testing.assert_close(pooled, torch.tensor(want, dtype=h.dtype)[:, :, None])
+
+
+def test_scaler_is_per_lead():
+    mean, std = list(range(12)), list(range(1, 13))
+    x = random(2, 12, 1000, dtype=torch.float32)
+    scaled = common.Scaler(mean, std)(x)
+    for lead in range(12):
+        torch.testing.assert_close(scaled[:, lead], (x[:, lead] - mean[lead]) / std[lead])
+    assert torch.equal(common.Scaler()(x), x)
+
+
+def test_sample_range_of_a_latent_window():
+    ranges = [common.window_samples("partial", k) for k in range(30)]
+    assert ranges[0] == (0, 79) and ranges[1] == (17, 111) and ranges[14] == (433, 527) and ranges[29] == (913, 1000)
+    for k, (first, end) in enumerate(ranges):
+        samples = [t for t in range(1000) if 32 * (k + 1) - 47 <= t < 32 * (k + 1) + 47]  # centre of step k + 1, 0.94 s
+        assert (first, end) == (samples[0], samples[-1] + 1)
+    assert common.window_samples("1d", 0) == common.window_samples("global", 0) == (0, 1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. (2)-(7)
+
+def slow_loss(logits, s, y, p, p_class, jaccard, lambdas, w):
+    """The paper's loss, term by term; the BCE also divided by the number of classes, as composite_loss says."""
+    logits, s, y, p = (t.detach().double().numpy() for t in (logits, s, y, p))
+    N, C, P = len(y), y.shape[1], len(p)
+    bce = clst = sep = div = 0.0
+    for i in range(N):
+        for j in range(C):                                                                          # Eq. (3)
+            prob = 1 / (1 + math.exp(-logits[i, j]))
+            term = y[i, j] * math.log(prob) + (1 - y[i, j]) * math.log(1 - prob)
+            bce -= (1 if w is None else float(w[j])) * term / N / C
+        positive = [s[i, q] for q in range(P) if y[i, p_class[q]] == 1]
+        negative = [s[i, q] for q in range(P) if y[i, p_class[q]] == 0]
+        clst -= max(positive) / N if positive else 0                                                # Eq. (4)
+        sep += max(negative) / N if negative else 0                                                 # Eq. (5)
+    unit = [p[q].reshape(-1) / math.sqrt((p[q] ** 2).sum()) for q in range(P)]
+    near = near_sum = far = far_sum = 0.0
+    for q in range(P):
+        for r in range(P):
+            S, C_qr = float((unit[q] * unit[r]).sum()), float(jaccard[p_class[q], p_class[r]])
+            div += (S - (q == r)) ** 2                                                              # Eq. (6)
+            near, near_sum = near + C_qr * S, near_sum + C_qr
+            far, far_sum = far + (1 - C_qr) * S, far_sum + (1 - C_qr)
+    cntrst = -(near / near_sum - (far / far_sum if far_sum else 0)) / 2                             # Eq. (7)
+    total = bce + lambdas[0] * clst + lambdas[1] * sep + lambdas[2] / P**2 * div + lambdas[3] / math.sqrt(P) * cntrst
+    return dict(total=total, bce=bce, clst=clst, sep=sep, div=div, cntrst=cntrst)
+
+
+def loss_case(name):
+    """(logits, s, y, p, p_class, jaccard) in float64 of one situation."""
+    g = torch.Generator().manual_seed(7)
+    N, per_class = 6, [2, 3, 1, 2]
+    if name == "one record":
+        N = 1
+    if name == "class without prototypes":
+        per_class = [2, 0, 3, 0]
+    if name == "one class":
+        per_class = [4]
+    C = len(per_class)
+    p_class = torch.repeat_interleave(torch.arange(C), torch.tensor(per_class))
+    y = (torch.rand(N, C, generator=g) < 0.5).double()
+    y[0] = torch.tensor([1.0, 0, 1, 0][:C])
+    if name == "records without a positive":
+        y[1], y[4] = 0, 0
+    if name == "only records without a positive":
+        y[:] = 0
+    if name == "records with all labels":
+        y[0], y[3] = 1, 1
+    if name == "only records with all labels":
+        y[:] = 1
+    if name == "class without prototypes":
+        y[2] = torch.tensor([0.0, 1, 0, 1])  # a positive record, but nothing to cluster around
+    s = torch.rand(N, len(p_class), generator=g, dtype=torch.float64) * 2 - 1
+    if name == "negative similarities":  # a mask of 0 instead of -inf would win the maximum
+        s = s.abs().neg() - 0.1
+    J = torch.rand(C, C, generator=g, dtype=torch.float64)
+    J = (J + J.T) / 2
+    J.fill_diagonal_(1)
+    return (torch.randn(N, C, generator=g, dtype=torch.float64) * 2, s, y,
+            torch.randn(len(p_class), 4, 3, generator=g, dtype=torch.float64), p_class, J)
+
+
+CASES = ["ordinary", "one record", "records without a positive", "only records without a positive", "one class",
+         "records with all labels", "only records with all labels", "class without prototypes", "negative similarities"]
+LAMBDAS = (0.5, 0.1, 7.0, 3.0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_loss_equals_the_double_loop(name, weighted):
+    logits, s, y, p, p_class, J = loss_case(name)
+    w = torch.linspace(0.5, 30, y.shape[1], dtype=torch.float64) if weighted else None
+    fast = common.composite_loss(logits, s, y, p, p_class, J, LAMBDAS, w)
+    slow = slow_loss(logits, s, y, p, p_class.tolist(), J, LAMBDAS, w)
+    assert list(fast) == list(slow)
+    for term in slow:
+        assert float(fast[term]) == pytest.approx(slow[term], rel=1e-12, abs=1e-13), term
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_gradcheck(name):
+    logits, s, y, p, p_class, J = loss_case(name)
+    w = torch.linspace(0.5, 30, y.shape[1], dtype=torch.float64)
+    for t in (logits, s, p):
+        t.requires_grad_()
+    every = lambda logits, s, p: tuple(common.composite_loss(logits, s, y, p, p_class, J, LAMBDAS, w).values())
+    assert torch.autograd.gradcheck(every, (logits, s, p))
+
+
+def test_records_with_nothing_to_choose_from_have_no_gradient():
+    logits, s, y, p, p_class, J = loss_case("ordinary")
+    y[1], y[3] = 0, 1
+    s.requires_grad_()
+    terms = common.composite_loss(logits, s, y, p, p_class, J, LAMBDAS)
+    clst, sep = (torch.autograd.grad(terms[t], s, retain_graph=True)[0] for t in ("clst", "sep"))
+    assert clst.isfinite().all() and sep.isfinite().all()
+    assert (clst[1] == 0).all() and (sep[3] == 0).all()
+    assert (clst[[0, 3]].sum(1) == -1 / 6).all() and (sep[[0, 1]].sum(1) - 1 / 6).abs().max() < 1e-15
+
+
+def test_lambdas_of_the_paper_recipe_are_the_authors():
+    logits, s, y, p, p_class, J = loss_case("ordinary")
+    t = common.composite_loss(logits, s, y, p, p_class, J, PAPER.lambdas)
+    P = len(p)  # paper_facts 4: 250 with 1 / P^2, 300 with 1 / sqrt(P) in place of the paper's 1/2
+    want = t["bce"] + 0.004 * t["clst"] + 0.0004 * t["sep"] + 250 * t["div"] / P**2 + 300 * 2 * t["cntrst"] / math.sqrt(P)
+    assert float(t["total"]) == pytest.approx(float(want), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind, T", [("1d", 1), ("partial", 3), ("global", 6)])
+def test_gradcheck_of_a_branch_from_latent_to_loss(kind, T):
+    """The whole of 3.3-3.4 in float64: latents -> Eq. (1) -> top-k mean -> head -> Eq. (2)."""
+    _, _, y, _, p_class, J = loss_case("records without a positive")
+    z, p = random(6, 3, T if kind != "partial" else 6, seed=8), random(len(p_class), 3, T, seed=9)
+    W = random(4, len(p_class), seed=10)
+
+    def total(z, p, W):
+        s = common.similarity(z, p, 2.0)
+        s = s.topk(min(2, s.shape[2]), dim=2).values.mean(2)
+        return common.composite_loss(s @ W.T, s, y, p, p_class, J, LAMBDAS)["total"]
+
+    assert torch.autograd.gradcheck(total, tuple(t.requires_grad_() for t in (z, p, W)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbone: the 2D network taken literally
+
+class Block2D(nn.Module):
+    """torchvision's BasicBlock."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = None
+        if stride != 1 or c_in != c_out:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + identity)
+
+
+class LiteralResNet2D(nn.Module):
+    """torchvision's ResNet18 (its key names) with the paper's stem: one input channel, 12 x 7, stride (1, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 64, (12, 7), (1, 2), (0, 3), bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(Block2D(64, 64, 1), Block2D(64, 64, 1))
+        self.layer2 = nn.Sequential(Block2D(64, 128, 2), Block2D(128, 128, 1))
+        self.layer3 = nn.Sequential(Block2D(128, 256, 2), Block2D(256, 256, 1))
+        self.layer4 = nn.Sequential(Block2D(256, 512, 2), Block2D(512, 512, 1))
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+@pytest.fixture(scope="module")
+def both_networks():
+    """(literal 2D network, ours started from its weights by load_imagenet), in float64."""
+    torch.manual_seed(3)
+    literal = LiteralResNet2D().double()
+    for name, value in literal.state_dict().items():  # no statistics of batch norm at their neutral start
+        if name.endswith(("running_mean", "bias")):
+            value.normal_(0, 0.2)
+        if name.endswith("running_var") or ("bn" in name or "downsample.1" in name) and name.endswith("weight"):
+            value.uniform_(0.5, 1.5)
+    state = literal.state_dict()
+    torchvision = {**state, "conv1.weight": torch.randn(64, 3, 7, 7), "fc.weight": torch.randn(1000, 512),
+                   "fc.bias": torch.randn(1000)}  # the three tensors of torchvision's file that do not fit
+    ours = common.ResNet18().double()
+    stem = ours.conv1.weight.detach().clone()
+    ours.load_imagenet(torchvision)
+    assert torch.equal(ours.conv1.weight, stem), "the 12-lead stem stays random"
+    ours.conv1.weight.data = state["conv1.weight"][:, 0].clone()
+    return literal, ours
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_1d_network_equals_the_literal_2d_network(both_networks, training):
+    literal, ours = both_networks
+    x = random(2, 12, 1000, seed=11)
+    states = [{k: v.clone() for k, v in net.state_dict().items()} for net in both_networks]
+    with torch.no_grad():
+        h2, h1 = literal.train(training)(x[:, None]), ours.train(training)(x)
+    assert h2.shape == (2, 512, 1, 32) and h1.shape == (2, 512, 32)
+    assert h1.abs().max() > 0.1
+    assert (h1 - h2[:, :, 0]).abs().max() <= 1e-12 * h2.abs().max()
+    for net, before in zip(both_networks, states):
+        net.load_state_dict(before)
+
+
+def test_off_row_weights_of_the_2d_network_do_nothing(both_networks):
+    literal, ours = both_networks
+    x = random(2, 12, 1000, seed=11)
+    literal.eval().zero_grad(), ours.eval().zero_grad()
+    probe = random(2, 512, 32, seed=12)
+    (literal(x[:, None])[:, :, 0] * probe).sum().backward()
+    (ours(x) * probe).sum().backward()
+    theirs = dict(literal.named_parameters())
+    seen = 0
+    for name, p in ours.named_parameters():
+        g = theirs[name].grad
+        if name == "conv1.weight":
+            g = g[:, 0]
+        elif g.ndim == 4:
+            if g.shape[2] == 3:
+                assert (g[:, :, 0] == 0).all() and (g[:, :, 2] == 0).all(), name
+                seen += 1
+            g = g[:, :, g.shape[2] // 2]
+        assert (g - p.grad).abs().max() <= 1e-10 * g.abs().max(), name
+    assert seen == 16
+
+
+def test_backbone_size_and_map_length():
+    net = common.ResNet18().eval()
+    assert sum(p.numel() for p in net.parameters()) == 3_848_832
+    lengths = []
+    for part in (net.conv1, net.layer1, net.layer2, net.layer3, net.layer4):
+        part.register_forward_hook(lambda m, i, o: lengths.append(o.shape[2]))
+    with torch.no_grad():
+        assert net(torch.zeros(1, 12, 1000)).shape == (1, 512, 32)
+        assert common.ResNet18(width=4).eval()(torch.zeros(3, 12, 1000)).shape == (3, 32, 32)
+    assert lengths == [500, 250, 125, 63, 32]
+
+
+def test_dropout_stands_before_the_last_stage():
+    net, seen = common.ResNet18(width=4, dropout=0.5).train(), []
+    net.layer4.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    net.layer3.register_forward_hook(lambda m, i, o: seen.append(o))
+    net(random(4, 12, 1000, dtype=torch.float32))
+    before, after = seen[0], seen[1]
+    dropped = (after == 0) & (before != 0)
+    assert 0.3 < dropped.float().sum() / (before != 0).sum() < 0.7
+    assert torch.equal(after[~dropped], 2 * before[~dropped])
+
+
+def test_imagenet_weights_need_the_full_width(both_networks):
+    with pytest.raises(ValueError, match="64"):
+        common.ResNet18(width=32).load_imagenet(both_networks[0].state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. (8)
+
+def brute_force(z_of, ids_of, p, p_class, unique=False, runners=0):
+    """Eq. (8) written out: every window of every record, in float64; values within 1e-6 are equal."""
+    p64 = p.double().numpy()
+    P, _, T = p.shape
+    found = [None] * P
+    for c in sorted(set(p_class.tolist())):
+        own = [j for j in range(P) if int(p_class[j]) == c]
+        z, ids = z_of(c).double().numpy(), ids_of(c)
+        table = {}  # prototype -> [(cosine rounded, ecg_id, window, record, cosine)]
+        for j in own:
+            unit = p64[j].reshape(-1) / np.linalg.norm(p64[j])
+            rows = []
+            for r in range(len(z)):
+                for t in range(z.shape[2] - T + 1):
+                    patch = z[r, :, t:t + T].reshape(-1)
+                    cosine = float(patch @ unit / max(np.linalg.norm(patch), 1e-6))
+                    rows.append((-round(cosine, 5), int(ids[r]), t, r, cosine))
+            table[j] = sorted(rows)
+        taken = set()
+        for j in sorted(own, key=lambda j: (table[j][0][0], j)):
+            choice = next((row for row in table[j] if not unique or (row[1], row[2]) not in taken), table[j][0])
+            taken.add((choice[1], choice[2]))
+            best_of = {}
+            for row in table[j]:
+                best_of.setdefault(row[1], row)
+            others = [row for row in best_of.values() if row[1] != choice[1]][:runners]
+            found[j] = [(row[1], row[2], row[4]) for row in [choice, *others]]
+    return found
+
+
+def same_found(found, want):
+    assert [[f[:2] for f in each] for each in found] == [[f[:2] for f in each] for each in want]
+    for each, other in zip(found, want):
+        np.testing.assert_allclose([f[2] for f in each], [f[2] for f in other], atol=1e-5)
+
+
+def planted(n, D, L, T, per_class, seed=0, copies=4):
+    """Latents of two classes where `copies` windows hold each prototype exactly: ties at cosine 1."""
+    g = torch.Generator().manual_seed(seed)
+    p = torch.randn(sum(per_class), D, T, generator=g)
+    p_class = torch.repeat_interleave(torch.arange(len(per_class)), torch.tensor(per_class))
+    z = [torch.randn(n, D, L, generator=g) for _ in per_class]
+    for j, c in enumerate(p_class.tolist()):
+        for _ in range(copies):
+            r, t = int(torch.randint(n, (), generator=g)), int(torch.randint(L - T + 1, (), generator=g))
+            z[c][r, :, t:t + T] = p[j]
+    ids = [np.sort(np.random.default_rng(seed + c).choice(10 * n, n, replace=False)) for c in range(len(per_class))]
+    return z, ids, p, p_class
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("D, L, T", [(4, 6, 3), (6, 1, 1), (3, 5, 5)])
+def test_projection_equals_brute_force_with_ties(D, L, T, unique):
+    for seed in range(5):
+        z, ids, p, p_class = planted(9, D, L, T, (4, 3), seed)
+        projected, found = common.project(z.__getitem__, ids.__getitem__, p, p_class, unique, runners=3)
+        same_found(found, brute_force(z.__getitem__, ids.__getitem__, p, p_class, unique, runners=3))
+        for j, (ecg_id, window, cosine) in enumerate(f[0] for f in found):
+            c = int(p_class[j])
+            source = z[c][list(ids[c]).index(ecg_id), :, window:window + T]
+            assert torch.equal(projected[j], source)  # exactly a training patch, not normalised or averaged
+            assert len({f[0] for f in found[j]}) == len(found[j]) == 4  # distinct records, the source not among the others
+            assert all(f[2] <= cosine + 1e-6 for f in found[j][1:]) or unique
+
+
+def test_ties_go_to_the_lowest_ecg_id_then_the_earliest_window():
+    z = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(1))
+    p = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(2))
+    for record, window in ((4, 0), (2, 5), (2, 1), (3, 0)):
+        z[record, :, window:window + 3] = p[0]
+    _, found = common.project(lambda c: z, lambda c: np.array([5, 7, 30, 31, 40]), p, torch.zeros(1, dtype=int), runners=2)
+    assert [f[:2] for f in found[0]] == [(30, 1), (31, 0), (40, 0)]
+
+
+@pytest.mark.parametrize("n", [511, 512, 513, 600, 1025])
+def test_projection_does_not_depend_on_the_chunks(n):
+    """project() works through the records in chunks; equal patches in any two of them must count as equal."""
+    D, L, T, P = 8, 4, 3, 12
+    g = torch.Generator().manual_seed(n)
+    z, p = torch.randn(n, D, L, generator=g) * 0.1, torch.randn(P, D, T, generator=g)
+    z[:, :, 0] += 5 * torch.randn(n, D, generator=g)  # nobody is near a prototype by chance
+    near = p + 0.4 * torch.randn(P, D, T, generator=g)
+    for j in range(P):
+        for record in (10 + j, n - 1 if j % 2 else n - 20 - j):
+            z[record, :, 1:4] = near[j]
+    z[n - 1, :, 1:4] = near[1]
+    p = p[1:2] + 0.3 * torch.randn(P, D, T, generator=g)  # many prototypes near the same planted patch
+    _, found = common.project(lambda c: z, lambda c: np.arange(n) + 100, p, torch.zeros(P, dtype=int))
+    same_found(found, brute_force(lambda c: z, lambda c: np.arange(n) + 100, p, torch.zeros(P, dtype=int)))
+    assert [f[0][0] for f in found].count(111) >= P // 2  # the planted tie really decides: record 11 before record n - 1
+
+
+def test_unique_forbids_a_window_twice():
+    z, ids, p, p_class = planted(6, 4, 5, 3, (1, 1))
+    p, p_class = torch.cat([p[:1] + 0.01 * random(8, 4, 3, dtype=torch.float32), p[1:]]), torch.tensor([0] * 8 + [1])
+    free = common.project(z.__getitem__, ids.__getitem__, p, p_class)[1]
+    assert len({f[0][:2] for f in free[:8]}) < 8
+    only = common.project(z.__getitem__, ids.__getitem__, p, p_class, unique=True)[1]
+    assert len({f[0][:2] for f in only[:8]}) == 8
+    same_found(only, brute_force(z.__getitem__, ids.__getitem__, p, p_class, unique=True))
+
+
+def test_unique_with_fewer_windows_than_prototypes():
+    z, p = random(2, 4, 1, dtype=torch.float32), random(5, 4, 1, seed=2, dtype=torch.float32)
+    _, found = common.project(lambda c: z, lambda c: np.array([3, 8]), p, torch.zeros(5, dtype=int), unique=True)
+    assert all(len(f) == 1 for f in found)
+    assert {f[0][0] for f in found} == {3, 8}  # every window is used before any is used again
+
+
+def test_class_with_a_single_record_has_no_runners_up():
+    z, p = random(1, 4, 6, dtype=torch.float32), random(2, 4, 3, seed=2, dtype=torch.float32)
+    _, found = common.project(lambda c: z, lambda c: np.array([3]), p, torch.zeros(2, dtype=int), runners=3)
+    assert [len(f) for f in found] == [1, 1]
+
+
+def test_projection_stage_does_not_depend_on_record_order(tiny_prep, tmp_path, monkeypatch, capsys):
+    """03 on the same records in two orders: the same sources, and prototypes equal to the bit."""
+    result = []
+    for name, order in (("a", None), ("b", np.random.default_rng(5).permutation(60))):
+        prep = tiny_prep(name, order=order)
+        write_joint(tmp_path / f"run-{name}", prep, "rhythm")
+        run_stage(monkeypatch, "03_project", "--prep", tmp_path / name, "--run", tmp_path / f"run-{name}", "--device", "cpu")
+        saved = torch.load(tmp_path / f"run-{name}/rhythm/projected.pt", weights_only=True)
+        sources = json.loads((tmp_path / f"run-{name}/rhythm/prototypes.json").read_text())["prototypes"]
+        result.append((saved["state"]["p"], sources))
+        row = {int(e): i for i, e in enumerate(prep.ecg_ids)}
+        for q in sources:  # Eq. (8): training records of the prototype's own class
+            for place in (q, *q["runners_up"]):
+                assert prep.folds[row[place["ecg_id"]]] <= 8
+                assert prep.labels[row[place["ecg_id"]], CODES.index(q["class"])] == 1
+    assert torch.equal(result[0][0], result[1][0]) and result[0][1] == result[1][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+@given(st.integers(1, 25).flatmap(lambda n: st.tuples(
+    st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=n, max_size=n),
+    st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=n, max_size=n))))
+def test_auroc_equals_scikit_learn_with_ties(drawn):
+    y, score = np.array(drawn[0]), np.array(drawn[1]) / 7
+    each = common.auroc(y, score)
+    for c in range(3):
+        if y[:, c].all() or not y[:, c].any():
+            assert np.isnan(each[c])
+        else:
+            assert each[c] == pytest.approx(roc_auc_score(y[:, c], score[:, c]), abs=1e-12)
+    defined = each[~np.isnan(each)]
+    macro = common.macro_auroc(y, score)
+    assert np.isnan(macro) if not len(defined) else macro == pytest.approx(sum(defined) / len(defined), abs=1e-12)
+
+
+def test_auroc_of_many_records():
+    rng = np.random.default_rng(0)
+    y, score = rng.random((5000, 4)) < [0.5, 0.1, 0.001, 0.9], rng.normal(size=(5000, 4)).astype(np.float32)
+    want = [roc_auc_score(y[:, c], score[:, c]) for c in range(4)]
+    np.testing.assert_allclose(common.auroc(y.astype(np.uint8), score), want, atol=1e-12)  # no overflow in uint8
+    np.testing.assert_allclose(common.auroc(y, -score), 1 - np.array(want), atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results per record
+
+@pytest.mark.parametrize("kind", ["blackbox", "1d", "partial", "global"])
+def test_batched_results_belong_to_the_record_alone(tiny_prep, kind):
+    prep = tiny_prep(n=40)
+    torch.manual_seed(0)
+    cfg = Config(width=8)
+    model = common.BlackBox(["SR", "AFIB"], cfg) if kind == "blackbox" else common.ProtoECGNet(kind, ["SR", "AFIB"], [2, 2], cfg)
+    model.eval()
+    f = lambda x: model(x)[0]
+    rows = np.arange(40)
+    every = common.batched(f, prep, rows, "cpu", batch=16)
+    assert every.shape == (40, 2)
+    for few in (rows[:1], rows[:15], rows[:16], rows[:17], rows[:33]):  # however many records there are
+        assert torch.equal(common.batched(f, prep, few, "cpu", batch=16), every[:len(few)])
+    shuffled = np.random.default_rng(0).permutation(40)  # and whoever its neighbours are
+    assert torch.equal(common.batched(f, prep, shuffled, "cpu", batch=16), every[shuffled])
+    alone = torch.cat([f(torch.from_numpy(prep.signals[i:i + 1])) for i in (0, 17, 39)]).detach()
+    torch.testing.assert_close(every[[0, 17, 39]], alone, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Artifacts
+
+SAVERS = {"npy": (common.save_npy, np.arange(5), np.arange(6), (np, "save")),
+          "json": (common.save_json, {"a": 1}, {"a": 2}, (common.Path, "write_text")),
+          "pt": (common.save_pt, {"a": torch.ones(2)}, {"a": torch.zeros(2)}, (torch, "save"))}
+
+
+@pytest.mark.parametrize("where", ["while writing", "at the rename"])
+@pytest.mark.parametrize("kind", SAVERS)
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, kind, where):
+    save, old, new, writer = SAVERS[kind]
+    path = tmp_path / "deep" / f"artifact.{kind}"
+    save(path, old)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        for half in set(path.parent.iterdir()) - {path}:
+            half.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m, pytest.raises(OSError):
+        m.setattr(*(writer if where == "while writing" else (os, "replace")), full)
+        save(path, new)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    save(path, new)
+    assert path.read_bytes() != before and list(path.parent.iterdir()) == [path]
+
+
+def test_values_that_must_not_be_written(tmp_path):
+    for save, value in ((common.save_json, {"a": torch.ones(1)}), (common.save_npy, np.array([{}], object))):
+        with pytest.raises((ValueError, TypeError)):
+            save(tmp_path / "x", value)
+        assert list(tmp_path.iterdir()) == []
+    try:
+        common.save_json(tmp_path / "x", {"a": float("nan")})  # refused or null, but no NaN in a JSON file
+    except ValueError:
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert json.loads((tmp_path / "x").read_text(), parse_constant=pytest.fail) == {"a": None}
+
+
+def test_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "artifact.json"
+    common.save_json(path, {"round": 1})
+    child = os.fork()
+    if child == 0:
+        with common.replacing(path) as t:
+            t.write_text("half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert json.loads(path.read_text()) == {"round": 1}
+    common.save_json(path, {"round": 2})
+    assert json.loads(path.read_text()) == {"round": 2}
+
+
+def test_full_disk_and_interrupt_are_one_sentence():
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x.npy")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as e:
+        common.run(full)
+    assert "disk is full" in sentence(e) and "runs/x.npy" in sentence(e)
+    with pytest.raises(SystemExit) as e:
+        common.run(interrupted)
+    assert "interrupted" in e.value.code and "again" in e.value.code and len(e.value.code.strip().splitlines()) == 1
+
+
+LOADERS = {"npy": common.load_npy, "npy memory-mapped": lambda *a: common.load_npy(*a, mmap=True), "pt": common.load_pt,
+           "json": common.load_json}
+
+
+def good_bytes(kind, folder):
+    path = folder / "good"
+    {"npy": lambda: common.save_npy(path, np.arange(600, dtype=np.float32).reshape(20, 30)),
+     "pt": lambda: common.save_pt(path, {"meta": {"format": common.FORMAT}, "state": {"w": torch.arange(300.0)}}),
+     "json": lambda: common.save_json(path, {"format": common.FORMAT, "codes": CODES})}[kind.split()[0]]()
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
+def object_npy():
+    import io
+    f = io.BytesIO()
+    np.save(f, np.array([{"a": 1}], object), allow_pickle=True)
+    return f.getvalue()
+
+
+def saved_pt(value):
+    import io
+    f = io.BytesIO()
+    torch.save(value, f)
+    return f.getvalue()
+
+
+def zipped(damaged=False):
+    import io
+    f = io.BytesIO()
+    with zipfile.ZipFile(f, "w") as z:
+        z.writestr("a.npy", b"x" * 100)
+    return f.getvalue()[:60] if damaged else f.getvalue()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pickle-was-executed",))
+
+
+FOREIGN = {"empty": b"", "text": b"ecg_id,patient_id\n1,2\n", "zeros": bytes(4000), "object array": object_npy(),
+           "zip": zipped(), "half a zip": zipped(damaged=True), "pickle": pickle.dumps({"a": 1}),
+           "hostile pickle": pickle.dumps(Evil()), "hostile pt": saved_pt({"meta": {"format": 1}, "x": Evil()}),
+           "picture": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+           "brackets": b"[" * 100_000}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("damage", ["missing", "folder", *FOREIGN])
+def test_damaged_and_foreign_files_give_one_sentence(tmp_path, monkeypatch, kind, damage):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "artifact"
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes(FOREIGN[damage])
+    with pytest.raises(SystemExit) as e:
+        LOADERS[kind](path, MAKER)
+    assert str(path) in sentence(e) and MAKER in sentence(e) and "run" in sentence(e)
+    assert not (tmp_path / "pickle-was-executed").exists()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_truncated_files_give_one_sentence(tmp_path, kind):
+    data, path = good_bytes(kind, tmp_path), tmp_path / "artifact"
+    for length in sorted({1, 5, 7, 20, 64, 127, 128, 129, len(data) // 2, len(data) - 30, len(data) - 4, len(data) - 2}):
+        path.write_bytes(data[:length])
+        with pytest.raises(SystemExit) as e:
+            LOADERS[kind](path, MAKER)
+        assert str(path) in sentence(e) and MAKER in sentence(e), length
+    path.write_bytes(data)
+    LOADERS[kind](path, MAKER)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_flipped_bytes_never_give_a_traceback(tmp_path, kind):
+    data, path, rng = good_bytes(kind, tmp_path), tmp_path / "artifact", np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for at in rng.integers(0, min(len(data), 400), rng.integers(1, 4)):  # headers, mostly
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            LOADERS[kind](path, MAKER)
+        except SystemExit as e:
+            assert str(path) in e.code and MAKER in e.code and "\n" not in e.code
+
+
+@pytest.mark.parametrize("value", [3, [1], {"a": 1}, {"meta": 3}, {"meta": None}, {"meta": {}}, {"meta": {"format": 0}},
+                                   {"meta": torch.ones(1)}, torch.ones(3)], ids=str)
+def test_pt_of_another_layout_gives_one_sentence(tmp_path, value):
+    torch.save(value, tmp_path / "joint.pt")
+    with pytest.raises(SystemExit) as e:
+        common.load_pt(tmp_path / "joint.pt", "02_train_joint.py")
+    assert "joint.pt" in sentence(e) and "02_train_joint.py" in sentence(e)
+
+
+@pytest.mark.parametrize("value", [[], {}, 3, None, "x", {"format": 1}, {"format": 1, "shapes": {}}], ids=str)
+def test_preprocess_json_that_is_not_ours_gives_one_sentence(tiny_prep, tmp_path, value):
+    tiny_prep()
+    (tmp_path / "prep/preprocess.json").write_text(json.dumps(value))
+    with pytest.raises(SystemExit) as e:
+        common.load_prep(tmp_path / "prep")
+    assert "preprocess.json" in sentence(e) and MAKER in sentence(e)
+
+
+@pytest.mark.parametrize("name", ["signals", "labels", "folds", "ecg_ids", "patient_ids"])
+def test_arrays_of_another_preprocessing_are_refused(tiny_prep, tmp_path, name):
+    prep = tiny_prep()
+    assert prep.signals.shape == (60, 12, 1000) and (prep.train.sum(), prep.val.sum(), prep.test.sum()) == (48, 6, 6)
+    path = tmp_path / "prep" / f"{name}.npy"
+    common.save_npy(path, np.load(path)[:-1])
+    with pytest.raises(SystemExit) as e:
+        common.load_prep(tmp_path / "prep")
+    assert name in sentence(e) and MAKER in sentence(e)
+    path.unlink()
+    with pytest.raises(SystemExit) as e:
+        common.load_prep(tmp_path / "prep")
+    assert f"{name}.npy is missing" in sentence(e) and MAKER in sentence(e)
+
+
+def test_loaded_signals_cannot_change_the_file(tiny_prep, tmp_path):
+    prep = tiny_prep()
+    before = common.file_hash(tmp_path / "prep/signals.npy")
+    prep.signals[:] = 0
+    del prep
+    assert common.file_hash(tmp_path / "prep/signals.npy") == before
+
+
+def test_another_input_is_refused_and_force_warns(tmp_path, capsys):
+    data = tmp_path / "preprocess.json"
+    data.write_text("one")
+    meta = common.provenance(Config(), "02_train_joint.py", prep=data)
+    common.same_input(meta, "prep", data, "joint.pt", "02_train_joint.py --model rhythm")
+    assert capsys.readouterr().err == ""
+    data.write_text("two")
+    with pytest.raises(SystemExit) as e:
+        common.same_input(meta, "prep", data, "joint.pt", "02_train_joint.py --model rhythm")
+    assert "joint.pt" in sentence(e) and "02_train_joint.py --model rhythm" in sentence(e) and "--force" in sentence(e)
+    common.same_input(meta, "prep", data, "joint.pt", "02_train_joint.py --model rhythm", force=True)
+    err = capsys.readouterr().err
+    assert err.startswith("WARNING: joint.pt was made from another") and err.count("\n") == 1
+    with pytest.raises(SystemExit):  # an artifact that names no such input is no better than one of another input
+        common.same_input({"inputs": {}}, "prep", data, "joint.pt", "02_train_joint.py")
+
+
+def test_input_that_is_gone_gives_one_sentence(tmp_path):
+    data = tmp_path / "joint.pt"
+    data.write_text("one")
+    meta = common.provenance(Config(), "03_project.py", joint=data)
+    data.unlink()
+    with pytest.raises(SystemExit) as e:
+        common.same_input(meta, "joint", data, "projected.pt", "03_project.py --model rhythm")
+    assert "joint.pt" in sentence(e)
+
+
+def test_provenance_names_settings_code_versions_and_inputs(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    made = common.provenance(PAPER, "03_project.py", joint=path)
+    assert made["inputs"] == {"joint": "ba7816bf8f01cfea"}  # sha256 of "abc"
+    assert made["config"]["recipe"] == "paper" and made["config"]["seed"] == 42 and made["stage"] == "03_project.py"
+    assert set(made["code"]) == {"common.py", "03_project.py"} and set(made["versions"]) >= {"python", "torch", "numpy"}
+    assert common.config_of(json.loads(json.dumps(made))) == PAPER
+
+
+@pytest.mark.parametrize("model", ["rhythm", "morphology", "global", "blackbox-1d"])
+def test_saved_model_is_built_again(tiny_prep, tmp_path, model):
+    prep = tiny_prep()
+    path = write_joint(tmp_path, prep, model)
+    net, meta = common.load_model(path, "02_train_joint.py")
+    saved = torch.load(path, weights_only=True)
+    assert not net.training and meta["classes"] == net.classes
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in saved["state"].items())
+    np.testing.assert_allclose(net.scaler.std.flatten(), prep.info["scaler"]["std"], rtol=1e-6)  # the scaler travels along
+
+
+@pytest.mark.parametrize("change", ["state missing", "key missing", "other width", "unknown setting", "unknown model", "no kind"])
+def test_checkpoint_of_another_architecture_gives_one_sentence(tiny_prep, tmp_path, change):
+    path = write_joint(tmp_path, tiny_prep(), "rhythm")
+    saved = torch.load(path, weights_only=True)
+    if change == "state missing":
+        del saved["state"]
+    elif change == "key missing":
+        del saved["state"]["p"]
+    elif change == "other width":
+        saved["meta"]["config"]["width"] = 4
+    elif change == "unknown setting":
+        saved["meta"]["config"]["depth"] = 4
+    elif change == "unknown model":
+        saved["meta"]["model"] = "3d"
+    else:
+        del saved["meta"]["latent_dim"]
+    torch.save(saved, path)
+    with pytest.raises(SystemExit) as e:
+        common.load_model(path, "02_train_joint.py --model rhythm")
+    assert str(path) in sentence(e) and "02_train_joint.py --model rhythm" in sentence(e)
+
+
+def test_newest_round(tmp_path):
+    with pytest.raises(SystemExit) as e:
+        common.newest(tmp_path, "joint", "02_train_joint.py --model rhythm")
+    assert "joint.pt is missing" in sentence(e) and "02_train_joint.py --model rhythm" in sentence(e)
+    for name in ("joint.pt", "projected.pt", "projected_r2.pt"):
+        (tmp_path / name).touch()
+    assert common.newest(tmp_path, "joint", "02") == (1, tmp_path / "joint.pt")
+    assert common.newest(tmp_path, "projected", "03") == (2, tmp_path / "projected_r2.pt")
+    (tmp_path / "joint_r10.pt").touch(), (tmp_path / "joint_r9.pt").touch()
+    assert common.newest(tmp_path, "joint", "02") == (10, tmp_path / "joint_r10.pt")
+
+
+def test_a_copy_beside_a_checkpoint_is_not_a_round(tmp_path):
+    for name in ("joint.pt", "joint_old.pt", "joint_run2.pt", "joint copy.pt", "joint_r2_backup.pt"):
+        (tmp_path / name).touch()
+    assert common.newest(tmp_path, "joint", "02") == (1, tmp_path / "joint.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def test_default_folders():
+    p = common.argument_parser("doc")
+    args = common.parse(p, [])
+    assert [str(f) for f in (args.data, args.prep, args.run)] == ["data/ptbxl", "runs/prep", "runs/default"]
+    assert (args.seed, args.recipe, args.model, args.force) == (42, "default", None, False)
+    args = common.parse(p, ["--recipe", "paper", "--demo"])
+    assert [str(f) for f in (args.data, args.prep, args.run)] == ["data/demo", "runs/demo-prep", "runs/demo-paper"]
+
+
+@pytest.mark.parametrize("argv", [["--model", "3d"], ["--recipe", "other"], ["--threads", "0"], ["--seed", "x"],
+                                  ["--device", "abacus"], ["--device", "cuda:99"], ["--nonsense"]], ids=" ".join)
+def test_wrong_flags_exit_with_2(capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        common.parse(common.argument_parser("doc"), argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "error:" in err and "Traceback" not in err
