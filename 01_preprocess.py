@@ -151,7 +151,7 @@ def main():
     workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
     context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
     with common.replacing(args.prep / "signals.npy") as temporary, context.Pool(workers) as pool, \
-            tqdm(total=N, unit=" records", desc="reading", mininterval=0.5) as bar:
+            tqdm(total=N, unit=" records", desc="reading", mininterval=0.5, disable=None) as bar:
         signals = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(N, len(LEADS), SAMPLES))
         chunk = []
 

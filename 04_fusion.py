@@ -126,12 +126,13 @@ def fit_path(X, Y, off, X_val, y_val, what):
     prior = Y.mean(0)
     W, b = np.zeros((C, P)), np.log(prior / np.maximum(1 - prior, 1e-9))
     path, fits = [], []
-    for strength in tqdm(STRENGTHS, desc=f"{what}: L1 strengths", leave=False):
+    for strength in tqdm(STRENGTHS, desc=f"{what}: L1 strengths", leave=False, disable=None):
         W, b, violation = fit(X, Y, off, strength, W, b)
         auroc = common.macro_auroc(y_val, X_val @ W.T + b)
         path.append({"strength": strength, "val_auroc": auroc, "nonzero": int((W != 0).sum()), "violation": violation})
         fits.append((W, b))
-        if auroc < max(row["val_auroc"] for row in path) - 0.002:  # past the optimum; weaker ones only take longer
+        past = auroc < max(row["val_auroc"] for row in path) - 0.002
+        if past or path[-1]["nonzero"] > W.size / 4:  # weaker ones are no longer sparse, and take long
             break
     best = max(row["val_auroc"] for row in path)
     chosen = next(i for i, row in enumerate(path) if not row["val_auroc"] < best - 0.001)
@@ -233,7 +234,7 @@ def main():
 
         parts = np.array_split(np.arange(len(prep.folds)), max(1, len(prep.folds) // 2048))
         scores, scores_before = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in
-                                                tqdm(parts, desc=f"{name}: scores", leave=False)]).transpose(1, 0, 2)
+                                                tqdm(parts, desc=f"{name}: scores", leave=False, disable=None)]).transpose(1, 0, 2)
         common.save_npy(path.with_name("scores.npy"), scores)
         rows = np.searchsorted(prep.ecg_ids, [q["ecg_id"] for q in record["prototypes"]])
         p_code = [model.classes[c] for c in model.p_class.tolist()]

@@ -33,9 +33,8 @@ def problem(N=150, P=14, C=4, seed=0):
 
 
 def solve(X, Y, off, strength, start=None, **how):
-    start = start or (torch.zeros(off.shape, dtype=torch.float64), torch.zeros(len(off), dtype=torch.float64))
-    W, b, violation = fusion.fit(torch.tensor(X), torch.tensor(Y), torch.tensor(off), strength, *start, tolerance=TIGHT, **how)
-    return W.numpy(), b.numpy(), violation
+    W, b = start or (np.zeros(off.shape), np.zeros(len(off)))
+    return fusion.fit(X, Y, off, strength, W, b, tolerance=TIGHT, **how)
 
 
 def objective(X, Y, off, strength, W, b, l2=fusion.L2):
@@ -110,11 +109,11 @@ def test_fit_reaches_the_objective_of_a_slow_reference(strength, seed):
 def test_fit_does_not_depend_on_the_start():
     X, Y, off = problem()
     W, b, _ = solve(X, Y, off, 5e-3)
-    g = torch.Generator().manual_seed(0)
-    start = torch.randn(off.shape, generator=g, dtype=torch.float64), torch.randn(len(off), generator=g, dtype=torch.float64)
-    copies = start[0].clone(), start[1].clone()
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=off.shape), rng.normal(size=len(off))
+    copies = start[0].copy(), start[1].copy()
     W2, b2, violation = solve(X, Y, off, 5e-3, start)
-    assert violation <= TIGHT and torch.equal(start[0], copies[0]) and torch.equal(start[1], copies[1])
+    assert violation <= TIGHT and (start[0] == copies[0]).all() and (start[1] == copies[1]).all()
     np.testing.assert_allclose(W2, W, atol=1e-6)
     np.testing.assert_allclose(b2, b, atol=1e-6)
 
@@ -201,12 +200,11 @@ def test_constant_score_is_no_division_by_zero():
     assert np.isfinite(X).all() and np.abs(X[:, 2]).max() < 1 and (std > 0).all()
 
 
-def path_of(scores, prep, y, own, seed_off=3):
+def path_of(scores, prep, y, own):
     X, X_val, X_later, mean, std = fusion.standardise(scores, prep, own)
-    off = torch.tensor(np.arange(8)[None] % 3 != np.arange(3)[:, None])
-    to = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.float64))
-    W, b, path, strength = fusion.fit_path(to(X), to(y[prep.train]), off, to(X_val), y[prep.val], "test")
-    return dict(mean=mean, std=std, W=W.numpy(), b=b.numpy(), strength=strength, path=path)
+    off = np.arange(8)[None] % 3 != np.arange(3)[:, None]
+    W, b, path, strength = fusion.fit_path(X, y[prep.train].astype(float), off, X_val, y[prep.val], "test")
+    return dict(mean=mean, std=std, W=W, b=b, strength=strength, path=path)
 
 
 @pytest.mark.parametrize("garbage", [1e6, np.nan, -np.inf])
@@ -229,8 +227,9 @@ def test_largest_strength_within_a_thousandth_is_chosen(monkeypatch):
     curve = iter([0.80, 0.9001, 0.9012, 0.9015, 0.9020, 0.9018, 0.90])
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: next(curve))
     chosen = path_of(scores, prep, y, np.zeros(8, int))
-    assert [row["strength"] for row in chosen["path"]] == sorted(fusion.STRENGTHS, reverse=True)
-    assert chosen["strength"] == fusion.STRENGTHS[2] == pytest.approx(1e-3)  # .9012 is within .001 of .9020, .9001 is not
+    tried = [row["strength"] for row in chosen["path"]]
+    assert tried == sorted(fusion.STRENGTHS, reverse=True)[:len(tried)] and len(tried) >= 5
+    assert chosen["strength"] == fusion.STRENGTHS[2]  # .9012 is within .001 of .9020, .9001 is not
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: float("nan"))  # no label to judge by: the strongest
     assert path_of(scores, prep, y, np.zeros(8, int))["strength"] == fusion.STRENGTHS[0]
 
