@@ -23,6 +23,7 @@ import time
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
 from torch.optim import lr_scheduler
 
 import common
@@ -82,6 +83,40 @@ def validate(model, x, y, autocast):
     return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy()), logits
 
 
+def training_latents(model, prep):
+    """(z [N, D, L] of the training records, y [N, C] their labels)."""
+    rows = np.flatnonzero(prep.train)
+    return (common.batched(model.eval().latent, prep, rows, model.p.device),
+            prep.labels[rows][:, common.columns(model.classes)] > 0)
+
+
+def project(model, prep, z, carries, p, unique=True):
+    """Eq. (8) over the training records with latents z [N, D, L] and labels carries [N, C]: projected p [P, D, T]."""
+    rows = np.flatnonzero(prep.train)
+    members = [np.flatnonzero(on) for on in carries.T]
+    return common.project(lambda c: z[members[c]].to(model.p.device), lambda c: prep.ecg_ids[rows[members[c]]],
+                          p, model.p_class, unique)[0]
+
+
+@torch.no_grad()
+def refit_head(model, z, y):
+    """Solve the head for z [N, D, L], y [N, C]: own-class weights by logistic regression, all other weights zero.
+
+    A head that follows SGD lags behind the prototypes; this one makes the fold-9 AUROC of an epoch tell how far the
+    evidence of a class's own prototypes goes, which Stage 3 then starts from.
+    """
+    s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(512)]).cpu().numpy()     # [N, P]
+    mean, std = s.mean(0), s.std(0).clip(1e-6)
+    W, b = np.zeros((len(model.classes), s.shape[1])), np.zeros(len(model.classes))
+    for c in range(len(model.classes)):
+        own = (model.p_class == c).cpu().numpy()
+        solved = LogisticRegression(C=1e3 / len(y), max_iter=300).fit((s[:, own] - mean[own]) / std[own], y[:, c])
+        W[c, own] = solved.coef_[0] / std[own]
+        b[c] = solved.intercept_[0] - W[c] @ mean
+    model.head.weight.copy_(torch.from_numpy(W))
+    model.head.bias.copy_(torch.from_numpy(b))
+
+
 def train(name, args, cfg, prep):
     """Train one model and write its joint.pt; returns the fold-9 macro-AUROC of the epoch that it holds."""
     kind, group = MODELS[name]
@@ -114,8 +149,9 @@ def train(name, args, cfg, prep):
     meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": name, "round": args.round,
             "classes": classes, "left_out": left_out, "device": str(device)}
     model = start(name, args, cfg, prep, classes, meta).to(device)
-    average = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
-    if cfg.head == "frozen" and not black_box:
+    ema = cfg.blackbox_ema if black_box else 0
+    average = copy.deepcopy(model).requires_grad_(False) if ema else model
+    if cfg.head != "free" and not black_box:
         model.head.requires_grad_(False)
 
     per_epoch = -(-len(train_rows) // cfg.batch)
@@ -169,8 +205,8 @@ def train(name, args, cfg, prep):
             optimizer.step()
             if cfg.scheduler != "plateau":
                 scheduler.step()
-            if cfg.ema:
-                decay = min(cfg.ema, (epoch * per_epoch + step) / (10 + epoch * per_epoch + step))
+            if ema:
+                decay = min(ema, (epoch * per_epoch + step) / (10 + epoch * per_epoch + step))
                 for theirs, ours in zip(average.state_dict().values(), model.state_dict().values()):
                     theirs.lerp_(ours, 1 - decay) if theirs.is_floating_point() else theirs.copy_(ours)
             seen[step] = torch.stack([loss[t].detach() for t in terms])
@@ -181,12 +217,20 @@ def train(name, args, cfg, prep):
             bad = [t for t, v in zip(terms, seen[step]) if not v.isfinite()][-1]
             sys.exit(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, step {step + 1}; "
                      "lower --lr, or --resume with other data")
+        unprojected = None if black_box else model.p.detach().clone()
+        if not black_box and cfg.project_every and epoch % cfg.project_every == 0:
+            z, carries = training_latents(model, prep)
+            model.p.data = project(model, prep, z, carries, model.p.data)
+            if cfg.head == "refit":
+                refit_head(model, z, carries)
         auroc, _ = validate(average, x[val_rows], y[val_rows.to(device)], exact)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
         since = 0 if auroc > best else since + 1
         if auroc > best:
             best, best_state = auroc, copy.deepcopy(average.state_dict())
+            if not black_box:
+                best_state["p"] = unprojected  # Stage 2 proper, with its bookkeeping, is 03's
         log.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "val_auroc": auroc,
                     **{t: float(v) for t, v in zip(terms, seen.mean(0))}})
         seconds += time.time() - began
@@ -286,9 +330,9 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
         else:
             p.append(unit[np.arange(k) % len(unit)])
     centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
-    members = [np.flatnonzero(carries[:, c]) for c in range(carries.shape[1])]
-    model.p.data, _ = common.project(lambda c: z[members[c]], lambda c: prep.ecg_ids[rows[members[c]]], centres,
-                                     model.p_class.cpu(), unique=True)
+    model.p.data = project(model, prep, z, carries, centres.to(model.p))
+    if cfg.head == "refit":
+        refit_head(model, z, carries)
     return model
 
 

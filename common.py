@@ -77,19 +77,21 @@ class Config:
     class_weights: bool = False      # w of Eq. (3): (N - n) / n instead of 1
     sampler: str = "shuffle"         # shuffle, or weighted: records drawn by the inverse frequency of their labels
     # Stage 1 (3.5, Appendix E)
-    head: str = "free"               # free: W starts at 1 / -0.5 and learns; frozen: it stays there (authors' code)
-    epochs: int = 20
+    head: str = "refit"              # W: refit (own-class weights, solved anew after every epoch), free or frozen (code),
+                                     # both from 1 / -0.5
+    epochs: int = 10
     patience: int = 10               # epochs without a better fold-9 macro-AUROC before stopping
     batch: int = 128
-    lr: float = 5e-4
+    lr: float = 2e-4
     optimizer: str = "adamw"         # adamw, or adam (paper), whose weight decay is an L2 term
     weight_decay: float = 0.02
     scheduler: str = "onecycle"      # constant, cosine, plateau, step, cyclic, onecycle
     augment: bool = True             # amplitude, noise, lead drop, time shift, blanked span; per record, on the device
-    ema: float = 0.99                # moving average of the weights over steps; 0 is none
     blackbox_epochs: int = 60
     blackbox_lr: float = 3e-3
+    blackbox_ema: float = 0.99       # moving average of a black box's weights over steps; 0 is none
     # Stage 2
+    project_every: int = 1           # epochs between projections within Stage 1, which keep p on real patches; 0 is never
     rounds: int = 1                  # Stages 1 + 2 (paper: twice)
     unique: bool = True              # no two prototypes of a class on the same window
 
@@ -102,8 +104,8 @@ class Config:
 PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet", pool="mean", add_on="sigmoid",
                prototypes="random", a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004, lambda_sep=0.0004,
                lambda_div=250.0, lambda_cntrst=600.0, class_weights=True, head="frozen", epochs=200, patience=10,
-               batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False, ema=0.0,
-               blackbox_epochs=200, blackbox_lr=1e-4, rounds=2, unique=False)
+               batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False, blackbox_ema=0.0,
+               blackbox_epochs=200, blackbox_lr=1e-4, project_every=0, rounds=2, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
 
 

@@ -137,7 +137,7 @@ def test_arrays_of_a_small_data_set(data, preprocess, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "prep").iterdir()) == sorted(
         ["preprocess.json", *(f"{n}.npy" for n in ("signals", "labels", "folds", "ecg_ids", "patient_ids"))])
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"{tmp_path / 'prep'}: 13 records, 8 labels (train 9, validation 2, test 2)")
+        f"{tmp_path / 'prep'}: 13 records, 7 labels (train 9, validation 2, test 2)")
 
 
 def test_filter_equals_scipy_lead_by_lead():
@@ -357,7 +357,7 @@ BAD_TABLES = {  # change, what the sentence names, the remedy
     "binary csv": (lambda d: (d / "ptbxl_database.csv").write_bytes(bytes(range(256)) * 9), "ptbxl_database.csv", FETCH),
     "csv is a folder": (lambda d: ((d / "ptbxl_database.csv").unlink(), (d / "ptbxl_database.csv").mkdir()),
                         "ptbxl_database.csv", FETCH),
-    "unclosed quote": (edit("ptbxl_database.csv", (r'"\{', '"""{')), "ptbxl_database.csv", FETCH),
+    "unclosed quote": (lambda d: (d / "ptbxl_database.csv").open("a").write('9,"half a line'), "ptbxl_database.csv", FETCH),
     "missing column": (lambda d: write_csv(d, RECORDS, [c for c in HEADER if c != "strat_fold"]), "strat_fold", FETCH),
     "missing column filename_lr": (lambda d: write_csv(d, RECORDS, [c for c in HEADER if c != "filename_lr"]), "filename_lr", FETCH),
     "other statements": (edit("scp_statements.csv", ("^NORM,", "NORMAL,")), "scp_statements.csv", FETCH),
@@ -525,6 +525,33 @@ def test_nothing_readable_at_all(data, preprocess, tmp_path):
     assert not list((tmp_path / "prep").iterdir())
 
 
+def test_record_that_never_ends_and_killed_reader(data, preprocess, monkeypatch, tmp_path):
+    """A reading process that does not come back (stuck disk, killed for memory) must not hang the stage for ever."""
+    monkeypatch.setattr(pre, "PATIENCE", 1)
+    os.unlink(data / HEA)
+    os.mkfifo(data / HEA)
+    with bounded(15), pytest.raises(SystemExit) as e:
+        preprocess(data)
+    assert "records100" in sentence(e) and "again" in sentence(e)
+    nothing_mixed(tmp_path / "prep")
+
+    os.unlink(data / HEA)
+    write_record(data, 5)
+    parent, real = os.getpid(), pre.read_record
+
+    def killed(name):
+        if name.endswith(where(6)) and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(name)
+
+    monkeypatch.setattr(pre, "read_record", killed)
+    killed.__module__, killed.__qualname__ = pre.__name__, "read_record"  # so that it can be sent to the pool
+    with bounded(15), pytest.raises(SystemExit) as e:
+        preprocess(data)
+    assert "again" in sentence(e)
+    nothing_mixed(tmp_path / "prep")
+
+
 def test_full_disk_gives_one_sentence(data, preprocess, tmp_path, monkeypatch):
     def full(f, *args, **kwargs):
         raise OSError(28, "No space left on device", str(getattr(f, "name", f)))
@@ -536,6 +563,19 @@ def test_full_disk_gives_one_sentence(data, preprocess, tmp_path, monkeypatch):
     assert "disk is full" in sentence(e)
     assert not list((tmp_path / "prep").glob(".*"))
     nothing_mixed(tmp_path / "prep")
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode,
+                    reason="needs a mount namespace")
+def test_really_full_disk(data, tmp_path):
+    """A disk of 300 kB in a mount namespace of its own; 13 records need 624 kB."""
+    (tmp_path / "prep").mkdir()
+    command = f"""mount -t tmpfs -o size=300k tmpfs "$2" && "$0" "$1" --data "$3" --prep "$2" --threads 1 --device cpu
+                  code=$?; ls -A "$2"; exit $code"""
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command, sys.executable, str(ROOT / "01_preprocess.py"),
+                           str(tmp_path / "prep"), str(data)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == ""  # nothing is left on it
 
 
 # As a real process: what the user sees, and what a kill leaves behind
@@ -577,13 +617,17 @@ def test_kill_leaves_nothing_that_later_stages_would_take(data, tmp_path, monkey
         assert list((tmp_path / "prep").glob(".signals.npy.*.tmp")) and workers
         if how == signal.SIGKILL:
             process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group, the workers too
-        out, err = process.communicate(timeout=30)
+        else:  # Ctrl-C reaches the whole group, in any order
+            for worker in workers:
+                os.kill(int(worker), signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
     finally:
         process.kill()
         if fifo is not None:
-            os.close(fifo)
+            os.close(fifo)  # the header ends, and with it what the worker was waiting for
+    out, err = process.communicate(timeout=30)
     nothing_mixed(tmp_path / "prep")
     if how == signal.SIGINT:
         assert process.returncode == 1 and "interrupted" in err and "Traceback" not in err, err
@@ -601,11 +645,15 @@ def test_kill_leaves_nothing_that_later_stages_would_take(data, tmp_path, monkey
 # Damaged files: no hang, no traceback, no changed sample taken for a good one
 
 def damage(raw, rng, text):
-    """`raw` bytes with one random fault of the kinds that disks, editors and transfers make."""
+    """`raw` bytes with one random fault of the kinds that disks, editors and transfers make.
+
+    Swapped bytes are tried in text only: two samples of a lead that change places keep their sum, which is all that
+    WFDB's checksum is. `00_download.py --check` compares the sha256.
+    """
     raw = bytearray(raw)
     at = int(rng.integers(len(raw)))
-    kinds = ["flip", "byte", "bytes", "cut", "delete", "insert", "zeros", "double", "swap"]
-    kind = rng.choice(kinds + ["digit", "digit", "digit in", "line", "line twice", "lines swapped", "word", "quote"] * text)
+    kinds = ["flip", "byte", "bytes", "cut", "delete", "insert", "zeros", "double"]
+    kind = rng.choice(kinds + ["swap", "digit", "digit", "digit in", "line", "line twice", "lines swapped", "word", "quote"] * text)
     digits = [i for i, c in enumerate(raw) if 48 <= c < 58]
     lines = bytes(raw).split(b"\n")
     j, k = sorted(int(i) for i in rng.integers(len(lines), size=2))
@@ -707,8 +755,8 @@ def test_damaged_tables(data):
 
 @pytest.mark.slow
 def test_a_thousand_damaged_files(data):
-    assert damaged_records(data, 700, seed=1) > 350
-    assert damaged_tables(data, 700, seed=1) > 100
+    assert damaged_records(data, 1000, seed=1) > 500
+    assert damaged_tables(data, 1000, seed=1) > 200
 
 
 @given(st.text(max_size=60))

@@ -554,10 +554,14 @@ def test_class_with_a_single_record_has_no_runners_up():
 
 
 def test_projection_stage_does_not_depend_on_record_order(tiny_prep, tmp_path, monkeypatch, capsys):
-    """03 on the same records in two orders: the same sources, and prototypes equal to the bit."""
+    """03 on the same records in two orders, every signal of six records alike: the same sources, the lowest ecg_id of
+    each six, and prototypes equal to the bit."""
     result = []
-    for name, order in (("a", None), ("b", np.random.default_rng(5).permutation(60))):
+    for name, order in (("a", np.arange(60)), ("b", np.random.default_rng(5).permutation(60))):
         prep = tiny_prep(name, order=order)
+        twins = np.empty((60, 12, 1000), np.float32)
+        twins[:] = np.load(tmp_path / name / "signals.npy")[np.argsort(order)[order % 10]]  # record k has the signal of k % 10
+        common.save_npy(tmp_path / name / "signals.npy", twins)
         write_joint(tmp_path / f"run-{name}", prep, "rhythm")
         run_stage(monkeypatch, "03_project", "--prep", tmp_path / name, "--run", tmp_path / f"run-{name}", "--device", "cpu")
         saved = torch.load(tmp_path / f"run-{name}/rhythm/projected.pt", weights_only=True)
@@ -568,6 +572,9 @@ def test_projection_stage_does_not_depend_on_record_order(tiny_prep, tmp_path, m
             for place in (q, *q["runners_up"]):
                 assert prep.folds[row[place["ecg_id"]]] <= 8
                 assert prep.labels[row[place["ecg_id"]], CODES.index(q["class"])] == 1
+            same = [e for e, i in row.items() if np.array_equal(twins[i], twins[row[q["ecg_id"]]]) and prep.folds[i] <= 8
+                    and prep.labels[i, CODES.index(q["class"])]]
+            assert len(same) > 1 and min(same) in {s["ecg_id"] for s in sources if s["class"] == q["class"]}
     assert torch.equal(result[0][0], result[1][0]) and result[0][1] == result[1][1]
 
 

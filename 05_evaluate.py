@@ -1,0 +1,440 @@
+"""Stage 05, evaluation (paper 4.1-4.3, Tables 1 and 2): macro-AUROC on the whole of fold 10 at once, with intervals.
+
+How good every prediction of 04 is and how sure that is (bootstrap of test patients, the same draws for all, so that
+differences are paired), what interpretability cost step by step, and the paper's numbers beside ours.
+
+reads   PREP/*.npy, RUN/predictions.json, RUN/logits_NAME.npy, RUN/MODEL/joint.json and prototypes.json
+writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for byte the same each time),
+        RUN/figures/per_class_auroc.png and roc.png
+
+    python 05_evaluate.py                        everything that 04 has predicted in the run
+    python 05_evaluate.py --against runs/plain   also paired differences to another run, such as one without contrastive
+                                                 loss, which then fills that column of the paper's tables
+    python 05_evaluate.py --save NAME            also keep the numbers as tests/results/NAME.json
+    python 05_evaluate.py --readme               only write the README's tables from tests/results/*.json
+
+Takes 10 to 20 s on 2 CPU cores; no GPU needed.
+Last line: `runs/default: fusion .9321 [.9250, .9390] over 71 classes -> runs/default/results.md`, with your numbers.
+"""
+import platform
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score, roc_curve
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import common
+from common import BRANCHES, CODES, GROUPS, MODELS, columns
+
+warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN is "no such class" here, and the mean of none is NaN
+HERE = Path(__file__).parent
+DRAWS, BATCH, RARE = 1000, 32, 10  # bootstrap draws; the authors' batch; a class with fewer test positives is rare
+SETS = {**{b: GROUPS[b] for b in BRANCHES},  # Strodthoff et al. 2021 count four of the 16 as diagnostic statements
+        "Strodthoff's rhythm": [c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]}
+STEPS = ("-joint", "-projected", "-unprojected")  # predictions on the way to a model's final one
+ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro"]
+PAPER = [  # Tables 1 and 2: setting, prediction, AUROC without and with contrastive loss, black box, its AUROC
+    ("rhythm branch, 16 labels", "rhythm", .8730, .8758, "blackbox-rhythm", None),
+    ("morphology branch, 52", "morphology", .9023, .9056, "blackbox-morphology", None),
+    ("global branch, 3", "global", .7461, .8606, "blackbox-global", None),
+    ("one branch, 1D, 71", "all-1d", .8462, .8794, "blackbox-1d", .9219),
+    ("one branch, 2D partial, 71", "all-partial", .9031, .9137, None, None),
+    ("one branch, 2D global, 71", "all-global", .8719, .8983, "blackbox-2d", .9060),
+    ("macro aggregation, 71", "macro", .8918, .9048, "blackbox-macro", .9052),
+    ("fusion classifier, 71", "fusion", .9010, .9248, None, None)]
+PAIRS = {  # paired differences, first - second, by the question that they answer
+    "Do three branches beat one? (4.1)": [
+        ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
+    "As good as a black box? (4.3)": [(name, box) for _, name, _, _, box, _ in PAPER if box] + [
+        (m, "blackbox-1d") for m in (*BRANCHES, "fusion", "fusion-own")] + [("fusion", "blackbox-macro")],
+    "Cost of projection, and of own-class weights alone (3.5)": [
+        (m, f"{m}-unprojected") for m in ("fusion", *MODELS)] + [("fusion-own", "fusion")]}
+
+
+# Numbers. AUROCs are [1 + draws, 71]: row 0 of the test set as it is, then one row a bootstrap draw; NaN: no such class
+
+def patient_weights(patient_ids, draws, seed):
+    """How often each record counts: patient_ids [N] -> [N, 1 + draws] float32; in column 0 each counts once. A draw
+    takes as many patients as there are, with replacement, and with a patient all of the patient's records."""
+    patients, patient = np.unique(patient_ids, return_inverse=True)
+    rng, n = np.random.default_rng(seed), len(patients)
+    counts = [np.ones(n)] + [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)]
+    return np.stack(counts, 1)[patient].astype(np.float32)
+
+
+def weighted_auroc(y, score, weights):
+    """AUROC of one class in every draw: y, score [N], weights [N, D] -> [D]; NaN without a positive or a negative.
+
+    Mann-Whitney: over all pairs of a positive and a negative +1 if in order, -1 if not, 0 if tied. The pairs are
+    compared once for all draws, and sums of whole weights are exact in float32.
+    """
+    positive, negative = weights[y > 0], weights[y == 0]
+    order = np.sign(score[y > 0, None] - score[None, y == 0]).astype(weights.dtype)        # [positives, negatives]
+    right = (positive * (order @ negative)).sum(0, dtype=np.float64)                       # [D]
+    return 0.5 + 0.5 * right / (positive.sum(0, dtype=np.float64) * negative.sum(0, dtype=np.float64))
+
+
+def rounded(v):
+    """A number as JSON takes it: five digits, None for NaN."""
+    return round(float(v), 5) if np.isfinite(v) else None
+
+
+def macro(aurocs, codes):
+    """Macro mean over `codes` of AUROCs (or a difference of two) [1 + draws, 71], as it stands in metrics.json:
+    [value, lower and upper end of the 95 % interval, classes in the mean, codes]."""
+    value, *draws = np.nanmean(aurocs[:, columns(codes)], 1)
+    over = int(np.isfinite(aurocs[0, columns(codes)]).sum())
+    return [rounded(value), *map(rounded, np.nanpercentile(draws, [2.5, 97.5])), over, len(codes)]
+
+
+def best_f1_thresholds(y, score):
+    """Per class the threshold with the best F1 (score >= threshold is positive), or NaN; y, score [N, C] -> [C]."""
+    order = np.argsort(-score, axis=0, kind="stable")
+    score, hits = np.take_along_axis(score, order, 0), np.take_along_axis(y > 0, order, 0).cumsum(0)
+    f1 = 2 * hits / (np.arange(1, len(y) + 1)[:, None] + hits[-1])
+    f1[:-1][score[:-1] == score[1:]] = -1                                                  # equal scores stay together
+    return np.where(hits[-1] > 0, np.take_along_axis(score, f1.argmax(0)[None], 0)[0], np.nan)
+
+
+def per_batch_auroc(y, score, batch=BATCH):
+    """What the authors log, y, score [N, C]: the mean over consecutive batches of the macro-AUROC over the classes with
+    both a positive and a negative in the batch. Not the macro-AUROC: most batches miss the rare classes."""
+    return np.nanmean([common.macro_auroc(y[i:i + batch], score[i:i + batch]) for i in range(0, len(y), batch)])
+
+
+def processor():
+    """The name of this machine's GPU, or else of its CPU."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else found[1] if found else platform.machine()
+
+
+# What 02-04 left behind
+
+def read(path, maker, *keys):
+    """The JSON object of `path`; exits naming its maker when it is missing, damaged or without one of `keys`."""
+    value = common.load_json(path, maker)
+    if not isinstance(value, dict) or value.get("format") != common.FORMAT or any(k not in value for k in keys):
+        sys.exit(f"{path} is damaged or of another version: run `python {maker}` again")
+    return value
+
+
+def load_run(run, prep, force):
+    """A run's ({prediction: what 04 says of it, with its logits of fold 9 and of fold 10 [., 71]}, {model: joint.json},
+    warnings). Exits when something that the predictions were made from has changed; with `force` that is a warning."""
+    path, again, stale = run / "predictions.json", "run `python 04_fusion.py` again", []
+    saved = read(path, "04_fusion.py", "inputs", "models")
+    models = {n: saved["models"][n] for n in sorted(saved["models"], key=[*ORDER, *saved["models"]].index)}
+    if not any(n in MODELS for n in models):
+        sys.exit(f"{path} names no model: {again}")
+    if saved["inputs"]["prep"] != common.file_hash(prep.path):
+        stale.append(f"{path} was made from another {prep.path}: {again}")
+    made_from = {run / (k if "/" in k else f"{n}/{k}"): v for n, m in models.items() if n != "blackbox-macro"
+                 for k, v in m["inputs"].items()}
+    for source, fingerprint in made_from.items():
+        latest = source.is_file() and common.newest(source.parent, source.stem.partition("_r")[0], "")[1] == source
+        if not latest or common.file_hash(source) != fingerprint:
+            stale.append(f"{source} is not what the predictions were made from: {again}")
+    if stale and not force:
+        sys.exit(f"{stale[0]} (or --force to evaluate it all the same)")
+    for name, model in models.items():
+        path, on_test = run / f"logits_{name}.npy", prep.test[prep.val | prep.test]
+        logits = common.load_npy(path, "04_fusion.py")
+        whole = logits.shape == (len(on_test), len(CODES)) and logits.dtype == np.float32
+        if not whole or not np.isfinite(logits[:, columns(model["classes"])]).all():
+            sys.exit(f"{path} lacks a number for some record of folds 9 and 10 or some label of the model: {again}")
+        model["fold 9"], model["fold 10"] = logits[~on_test], logits[on_test]
+    joint = {}
+    for name in [n for n in models if n in MODELS]:
+        maker = f"02_train_joint.py --model {name}"
+        joint[name] = read(common.newest(run / name, "joint", maker)[1].with_suffix(".json"), maker, "config", "device")
+    first, *rest = [n for n in joint if MODELS[n][0] != "blackbox"] or joint
+    stale += [f"{n} has other settings than {first}" for n in rest if joint[n]["config"] != joint[first]["config"]]
+    for warning in stale:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return models, joint, stale
+
+
+def cost_of(name, run, model, aurocs):
+    """A row of the table of what interpretability costs: the AUROC of each step, and how much there is to read."""
+    parts = [read(run / m / "prototypes.json", f"03_project.py --model {m}", "gap", "distinct", "prototypes")
+             for m in ([name] if name in MODELS else BRANCHES)]
+    count = [len(part["prototypes"]) for part in parts]
+    own = np.where(np.isfinite(aurocs[name][0]), 0, np.nan)                                # the model's labels only
+    steps = {**{s: name + s for s in STEPS}, "sparse": name, "black box": "blackbox-1d"}
+    return {"name": name, **{s: rounded(np.nanmean(aurocs[n][0] + own)) for s, n in steps.items() if n in aurocs},
+            **{k: model[k] for k in ("nonzero", "weights")}, "distinct": sum(part["distinct"] for part in parts),
+            "gap": rounded(np.average([part["gap"] for part in parts], weights=count)), "prototypes": sum(count)}
+
+
+# Text, all of it made from metrics.json
+
+def number(v, sign=""):
+    """.9321 as the paper prints it, +.0012 with sign "+", a dash for None."""
+    return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{v:{sign}.4f}")
+
+
+def cell(v, sign=""):
+    """[value, low, high, classes in it, codes] -> .9321 [.9250, .9390] (over 68 of 71)."""
+    some = f" (over {v[3]} of {v[4]})" if v[3:] and v[3] < v[4] else ""
+    return f"{number(v[0], sign)} [{number(v[1], sign)}, {number(v[2], sign)}]{some}"
+
+
+def table(head, rows):
+    """A markdown table, padded so that it reads in a terminal too."""
+    rows = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows)
+
+
+def headline(m):
+    """The table that the terminal shows too: every final prediction of the run."""
+    head = ["prediction", "macro-AUROC [95 %]", f"{RARE}+ positives", "AUPRC", "F1", "fold 9", f"per batch of {BATCH}*"]
+    return table(head, [[n, cell(p["auroc"]), f"{number(p['frequent'][0])} over {p['frequent'][3]}",
+                         *(number(p[k]) for k in ("auprc", "f1", "fold 9", "per batch"))]
+                        for n, p in m["predictions"].items()])
+
+
+def paper_table(ours):
+    """The paper's Tables 1 and 2 with ours beside: ours(prediction, contrastive, or None for either) -> a cell."""
+    head = ["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours", "black box: paper", "ours"]
+    return table(head, [[setting, number(off), ours(name, False), number(on), ours(name, True), number(box_auroc),
+                         ours(box, None) if box else "–"] for setting, name, off, on, box, box_auroc in PAPER])
+
+
+def by_group(m):
+    """[(group, the prediction that stands for it, {code: [AUROC, low, high, AUPRC, F1, threshold]} best first)]."""
+    return [(g, name, {c: v for c, v in sorted(m["per_class"][name].items(), key=lambda item: -(item[1][0] or 0))
+                       if c in GROUPS[g] and v[0] is not None}) for g, name in m["shown"].items()]
+
+
+def report(m):
+    """results.md of a run's metrics."""
+    predictions, positives, box = m["predictions"], m["counts"]["test_positives"], m["per_class"].get("blackbox-1d", {})
+    suffix = {None: "", **{on: f" of {run}" for run, on in m["against"].items()}, m["contrastive"]: ""}
+    rare = [c for c, n in positives.items() if 0 < n < RARE]
+
+    def ours(name, contrastive):
+        p = contrastive in suffix and predictions.get(name + suffix[contrastive])
+        return cell(p["auroc"]) if p else "not run"
+
+    out = [f"# Results of {m['run']}",
+           f"Recipe {m['recipe']}, seed {m['seed']}, width {m['width']}, with{'' if m['contrastive'] else 'out'} "
+           f"contrastive loss; {m['counts']['test']:,} test records of {m['counts']['test_patients']:,} patients.",
+           *(f"**WARNING**: {w}" for w in m["warnings"]),
+           *["**Not the paper's test set**, which has 2,198 records."] * (m["counts"]["test"] != 2198),
+           "## Headline", headline(m),
+           f"Macro-AUROC of the logits on the whole of fold 10 at once. {m['rule']} {RARE}+ positives: over the "
+           f"classes with {RARE} or more in fold 10. F1: at thresholds per class chosen on fold 9, over the classes "
+           "with positives in both folds. Fold 9: the macro-AUROC on the fold that all choices were made on.",
+           f"\\* per batch of {BATCH}, as the authors log it; not comparable: the mean over batches of the AUROC "
+           "over the classes that happen to occur in the batch, which is seldom a rare one.",
+           "## The paper's Tables 1 and 2", paper_table(ours)]
+    if "macro" in predictions:
+        each, value = [predictions[b]["auroc"] for b in BRANCHES], predictions["macro"]["auroc"][0]
+        n = sum(v[3] for v in each)
+        total = sum(v[0] * v[3] for v in each if v[3]) / n
+        out += [f"Check: ({' + '.join(f'{v[3]} x {number(v[0])}' for v in each)}) / {n} = {number(total)}; macro "
+                f"aggregation {number(value)}: {'equal' if abs(total - value) < 2e-5 else 'NOT EQUAL'}. (The paper's "
+                "branches would give .8891 and .8970, where .8918 and .9048 are printed.)"]
+    steps = {"-joint": "joint", "-projected": "projected", "-unprojected": "sparse, unprojected",
+             "sparse": "sparse, projected", "black box": "black box 1D", "gap": "gap"}
+    out += ["## The cost of interpretability",
+            table(["model", *steps.values(), "prototypes", "distinct", "non-zero weights"],
+                  [[r["name"], *(number(r.get(s)) for s in steps), r["prototypes"], r["distinct"],
+                    f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]]),
+            "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
+            "sparse classifier on the prototypes before and after projection; of the black box. Gap: mean of 1 - "
+            "cosine of a prototype and the patch that it became. Distinct: different patches within each class.",
+            "## Label groups",
+            table(["prediction", *(f"{s} ({len(c)})" for s, c in SETS.items())],
+                  [[n, *(cell(v) if v[3] else "–" for v in p["groups"].values())] for n, p in predictions.items()]),
+            "Strodthoff et al.'s rhythm task lacks 1AVB 2AVB 3AVB IVCD; it cannot be compared with the 16.",
+            "## Paired differences",
+            *(table([question, "classes", "AUROC [95 %]", "interval excludes 0"],
+                    [[what, v[3], cell(v[:3], "+"), "yes" if v[1] > 0 or v[2] < 0 else "no"]
+                     for what, v in rows.items() if v[3]]) for question, rows in m["differences"].items()),
+            "## Classes",
+            table(["label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1", "at logit", "black box 1D"],
+                  [[c, name, positives[c], cell(v[:3]), *map(number, v[3:]), number(box.get(c, [None])[0])]
+                   for _, name, each in by_group(m) for c, v in each.items()]),
+            f"{len(rare)} labels have fewer than {RARE} positives in fold 10; they weigh as much as any other in the "
+            f"macro mean, and their own intervals say little: {' '.join(rare)}.",
+            f"Not modelled, without a training record: {' '.join(m['left_out']) or 'none'}. In no mean, without a test "
+            f"positive: {' '.join(c for c, n in positives.items() if not n) or 'none'}."]
+    return "\n\n".join(out) + "\n"
+
+
+def readme():
+    """Write the tables of tests/results/*.json between README.md's two markers, pooling runs that differ in seed."""
+    keys = "recipe seed width contrastive config counts predictions".split()
+    runs = [read(f, "05_evaluate.py --save NAME", *keys) for f in sorted((HERE / "tests" / "results").glob("*.json"))]
+    path, begin, end = HERE / "README.md", "<!-- results:begin -->", "<!-- results:end -->"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not runs:
+        sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
+    if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
+        sys.exit(f"{path.name} needs one line {begin} and below it one line {end}: add them")
+    same = {}  # one table for all runs that differ in nothing but seed and contrastive loss
+    for run in runs:
+        recipe = common.RECIPES[run["recipe"]]
+        other = [f"{k} {v}" for k, v in run["config"].items() if not k.startswith(("seed", "width", "lambda"))
+                 and (tuple(v) if isinstance(v, list) else v) != getattr(recipe, k, None)]
+        what = [f"{run['recipe']} recipe", f"width {run['width']}", *other, f"{run['counts']['test']:,} test records"]
+        same.setdefault(", ".join(what), []).append(run)
+
+    def pooled(some, name, contrastive):
+        """Value [interval] of one seed, or mean ± standard deviation over several."""
+        found = {r["seed"]: r["predictions"][name]["auroc"] for r in some
+                 if name in r["predictions"] and contrastive in (None, r["contrastive"])}
+        if len(found) < 2:
+            return cell(*found.values()) if found else "not run"
+        values = [v[0] for v in found.values()]
+        return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds)"
+
+    tables = [f"**{what}**\n\n{paper_table(lambda *a: pooled(some, *a))}" for what, some in sorted(same.items())]
+    with common.replacing(path) as t:
+        t.write_text("\n\n".join([text.split(begin)[0] + begin, *tables, end]) + text.split(end)[1], encoding="utf-8")
+    print(f"{path.name}: tables of {len(runs)} runs")
+
+
+# Figures, in colours of Okabe and Ito that the colour-blind can tell apart
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
+
+
+def plot_classes(m):
+    """Every class with its interval, by group, best first, in columns read from top to bottom."""
+    positives, box = m["counts"]["test_positives"], m["per_class"].get("blackbox-1d", {})
+    rows = [row for group, name, each in by_group(m) for row in [(f"{group} labels ({name})", None), *each.items()]]
+    height = -(-len(rows) // -(-len(rows) // 26))                                          # rows of a column
+    parts = [rows[i:i + height] for i in range(0, len(rows), height)]
+    fig = Figure((4.8 * len(parts), 1.5 + 0.24 * height), layout="constrained")
+    for ax, part in zip(fig.subplots(1, len(parts), sharex=True, squeeze=False)[0], parts):
+        ax.set_yticks(range(len(part)), [f"{c}  {positives[c]}" if v else c for c, v in part], fontsize=8)
+        for i, (c, v) in enumerate(part):
+            if v:
+                ax.plot(v[1:3], [i, i], color=BLUE, lw=1.5)
+                ax.plot(v[0], i, "o", color=BLUE, mfc="white" if positives[c] < RARE else BLUE, ms=5)
+                ax.plot(box.get(c, v)[0], i, "|", color=ORANGE, ms=9 * (c in box), mew=2)
+            ax.get_yticklabels()[i].set_fontweight("normal" if v else "bold")
+        ax.set(ylim=(height - 0.5, -0.5), xlabel="AUROC, fold 10")
+        ax.grid(axis="x", color=GREY, lw=0.5)
+        ax.tick_params(axis="y", length=0)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    fig.suptitle("AUROC of each class, 95 % interval, number of test positives\n"
+                 f"hollow: fewer than {RARE}" + "; orange bar: black box 1D" * bool(box), fontsize=10)
+    return fig
+
+
+def plot_roc(m, y, models):
+    """ROC curves by group, the three most frequent classes in colour, and their mean; y [N, 71] of fold 10."""
+    fig, grid, groups = Figure((4.4 * len(m["shown"]), 5), layout="constrained"), np.linspace(0, 1, 501), by_group(m)
+    for ax, (group, name, each) in zip(fig.subplots(1, len(groups), squeeze=False)[0], groups):
+        color = dict(zip(sorted(each, key=m["counts"]["test_positives"].get)[-3:], (GREEN, ORANGE, BLUE)))
+        curves = []
+        for c in sorted(each, key=color.__contains__):
+            false, true, _ = roc_curve(y[:, CODES.index(c)], models[name]["fold 10"][:, CODES.index(c)])
+            curves.append(np.interp(grid, false, true))
+            ax.plot(false, true, color=color.get(c, GREY), lw=1.6 if c in color else 0.6,
+                    label=f"{c} {number(each[c][0])}" if c in color else None)
+        if curves:
+            ax.plot(grid, np.mean(curves, 0), color="black", lw=2, ls="--", label=f"mean of {len(curves)}")
+            ax.legend(loc="lower right", fontsize=9, framealpha=0.9, edgecolor="none")
+        ax.set(title=f"{group} labels ({name})", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+    fig.suptitle("ROC curves on fold 10; grey: the less frequent classes", fontsize=10)
+    return fig
+
+
+def main():
+    p = common.argument_parser(__doc__)
+    p.add_argument("--against", type=Path, metavar="RUN2", help="another run on the same arrays to compare with")
+    p.add_argument("--save", metavar="NAME", help="keep the numbers as tests/results/NAME.json")
+    p.add_argument("--readme", action="store_true", help="only write the README's tables from tests/results/*.json")
+    args = common.parse(p)
+    if args.readme:
+        return readme()
+    prep = common.load_prep(args.prep)
+    models, joint, stale = load_run(args.run, prep, args.force)
+    for name in set(args.model or []) - set(models):
+        sys.exit(f"{args.run} has no predictions of {name}: run `python 04_fusion.py --model {name}` first")
+    final, pairs, against = [n for n in models if not n.endswith(STEPS)], dict(PAIRS), {}
+    own, setting = list(final), next(iter(joint.values()))["config"]  # a prototype model's if there is one
+    if args.against:  # its predictions join ours as "NAME of RUN2"
+        theirs, joint_2, more = load_run(args.against, prep, args.force)
+        run_2, stale = args.against.name, stale + more
+        against[run_2] = next(iter(joint_2.values()))["config"]["lambda_cntrst"] != 0
+        models.update({f"{n} of {run_2}": theirs[n] for n in own if n in theirs})
+        final += [f"{n} of {run_2}" for n in own if n in theirs]
+        pairs["Against RUN2 (4.2, if only the contrastive loss differs)"] = [(n, f"{n} of {run_2}") for n in own]
+
+    # AUROCs of every prediction with the same draws of patients
+    y_val, y = prep.labels[prep.val], prep.labels[prep.test]
+    positives = dict(zip(CODES, y.sum(0).tolist()))
+    weights = patient_weights(prep.patient_ids[prep.test], DRAWS, args.seed)
+    aurocs = {n: np.full((1 + DRAWS, len(CODES)), np.nan) for n in models}
+    with threadpool_limits(1):  # many small products: on a busy machine threads would wait for each other
+        for name, model in tqdm(models.items(), desc="bootstrap", leave=False):
+            for c in columns(model["classes"]):
+                aurocs[name][:, c] = weighted_auroc(y[:, c], model["fold 10"][:, c], weights)
+
+    # What else there is to say of the final ones
+    by_id, predictions, per_class = np.argsort(prep.ecg_ids[prep.test], kind="stable"), {}, {}
+    for name in final:
+        codes = GROUPS[MODELS.get(name.partition(" of ")[0], (None, "all"))[1]]
+        s_val, s, true = models[name]["fold 9"], models[name]["fold 10"], y > 0             # [., 71]
+        thresholds = best_f1_thresholds(y_val, s_val)                                       # [71], as f1 and auprc
+        f1 = 2 * (true & (s >= thresholds)).sum(0) / (true.sum(0) + (s >= thresholds).sum(0))
+        f1[~true.any(0) | np.isnan(thresholds)] = np.nan
+        auprc = np.full(len(CODES), np.nan)
+        for c in columns(c for c in models[name]["classes"] if positives[c]):
+            auprc[c] = average_precision_score(true[:, c], s[:, c])
+        predictions[name] = {
+            "auroc": macro(aurocs[name], codes), "groups": {g: macro(aurocs[name], s) for g, s in SETS.items()},
+            "frequent": macro(aurocs[name], [c for c in codes if positives[c] >= RARE]),
+            "auprc": rounded(np.nanmean(auprc)), "f1": rounded(np.nanmean(f1)),
+            "fold 9": rounded(common.macro_auroc(y_val, s_val)),
+            "per batch": rounded(per_batch_auroc(y[by_id], s[by_id]))}
+        per_class[name] = {c: [*macro(aurocs[name], [c])[:3], *map(rounded, np.stack([auprc, f1, thresholds])[:, i])]
+                           for i, c in enumerate(CODES) if c in models[name]["classes"]}
+
+    differences = {question: {f"{a} - {b}": macro(aurocs[a] - aurocs[b], CODES) for a, b in some if {a, b} <= {*aurocs}}
+                   for question, some in pairs.items()}
+    metrics = {
+        "format": common.FORMAT, "run": args.run.name, **{k: setting[k] for k in ("recipe", "seed", "width")},
+        "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale, "hardware": processor(),
+        "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
+        "trained": {n: {k: j.get(k) for k in ("device", "hardware", "seconds")} for n, j in joint.items()},
+        "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),
+                   "test_positives": positives},
+        "left_out": prep.info["without_training_record"],
+        "rule": f"Intervals: 95 % percentiles of {DRAWS:,} bootstrap draws by patient (seed {args.seed}), the same for "
+                "all; a class without a positive or a negative in a draw is left out of that draw's mean.",
+        "predictions": predictions, "differences": {q: rows for q, rows in differences.items() if rows},
+        "against": against, "cost": [cost_of(n, args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
+        # which prediction stands for a group of labels in figures and the table of classes: the first that has it
+        "shown": {g: n for n in reversed(final) for g in BRANCHES if set(GROUPS[g]) & set(models[n]["classes"])},
+        "per_class": per_class}
+    common.save_json(args.run / "metrics.json", metrics)
+    if args.save:
+        small = {k: v for k, v in metrics.items() if k != "per_class"}
+        common.save_json(HERE / "tests" / "results" / f"{args.save}.json", small)
+    with common.replacing(args.run / "results.md") as t:
+        t.write_text(report(metrics), encoding="utf-8")
+    for name, figure in (("per_class_auroc", plot_classes(metrics)), ("roc", plot_roc(metrics, y, models))):
+        with common.replacing(args.run / "figures" / f"{name}.png") as t:
+            figure.savefig(t, format="png", dpi=130)
+    first = predictions[final[0]]["auroc"]
+    print(headline(metrics))
+    print(f"{args.run}: {final[0]} {cell(first[:3])} over {first[3]} classes -> {args.run / 'results.md'}")
+
+
+if __name__ == "__main__":
+    common.run(main)

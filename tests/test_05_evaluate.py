@@ -1,0 +1,479 @@
+"""05_evaluate.py: its AUROC, bootstrap, thresholds and per-batch variant against slow references and scikit-learn, its
+tables as a function of the saved files alone, and one sentence for every kind of bad input."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+import common
+from common import BRANCHES, CODES, GROUPS, MODELS, columns
+from conftest import run_stage, sentence, stage
+
+ev = stage("05_evaluate")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # pytest undoes the stage's own filter
+NO_TRAIN, NO_TEST, ONE_TEST = "TRIGU", "PMI", "2AVB"  # labels without a training record, test positive; with one
+PROTOTYPES = [m for m, (kind, _) in MODELS.items() if kind != "blackbox"]
+EVERY = [m for p in PROTOTYPES for m in (p, f"{p}-joint", f"{p}-projected", f"{p}-unprojected")]
+EVERY += [m for m in MODELS if m not in PROTOTYPES]
+EVERY += ["fusion", "fusion-own", "fusion-unprojected", "macro", "blackbox-macro"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A PREP and runs as 01-04 leave them, with invented numbers
+
+def fake_prep(folder, sizes=(60, 150, 170), seed=0):
+    """A PREP without signals: (train, fold 9, fold 10) records, one to three of a patient; returns load_prep of it."""
+    rng, n = np.random.default_rng(seed), sum(sizes)
+    folds = np.repeat([1, 9, 10], sizes)
+    order = rng.permutation(n)
+    patients = np.repeat(np.arange(n), rng.integers(1, 4, n))[:n] * 10 + folds  # of one patient, one fold
+    labels = (rng.random((n, 71)) < rng.uniform(0.01, 0.3, 71)).astype(np.uint8)
+    for fold in (1, 9, 10):
+        labels[np.flatnonzero(folds == fold)[:2]] = 1
+    labels[folds <= 8, CODES.index(NO_TRAIN)] = 0
+    labels[folds == 10, CODES.index(NO_TEST)] = 0
+    labels[np.flatnonzero(folds == 10), CODES.index(ONE_TEST)] = np.arange(sizes[2]) == 5
+    arrays = {"signals": np.zeros((n, 12, 1), np.float32), "labels": labels[order], "folds": folds[order],
+              "ecg_ids": 5 + 2 * rng.permutation(n), "patient_ids": patients[order]}
+    for name, array in arrays.items():
+        common.save_npy(folder / f"{name}.npy", array)
+    common.save_json(folder / "preprocess.json", {
+        "sizes": dict(zip(("train", "validation", "test"), sizes)), "seed": seed, "without_training_record": [NO_TRAIN],
+        "shapes": {name: list(array.shape) for name, array in arrays.items()}})
+    return common.load_prep(folder)
+
+
+def fake_run(run, prep, names=EVERY, seed=42, contrastive=True, width=64):
+    """A RUN in which the predictions `names` are the labels plus noise; each model's files hold only its name."""
+    rng = np.random.default_rng([seed, contrastive, width])
+    later = prep.val | prep.test
+    cfg = common.Config(seed=seed, width=width)
+    cfg = cfg if contrastive else common.without_contrastive(cfg)
+    saved = {"format": common.FORMAT, "inputs": {"prep": common.file_hash(prep.path)}, "models": {}}
+    for name in [m for m in MODELS if m in names]:
+        (run / name).mkdir(parents=True)
+        for file in ("joint.pt", "projected.pt"):
+            (run / name / file).write_text(f"{name} {file}")
+        common.save_json(run / name / "joint.json", {**common.provenance(cfg, "05_evaluate.py"), "device": "cpu",
+                                                    "seconds": 12.3})
+        common.save_json(run / name / "prototypes.json", {"format": common.FORMAT, "gap": 0.25, "distinct": 9,
+                                                           "prototypes": [{}] * 10})
+    logits = {}
+    for name in names:
+        base = re.sub("-(joint|projected|unprojected)$", "", name)
+        classes = [c for c in GROUPS[MODELS[base][1] if base in MODELS else "all"] if c != NO_TRAIN]
+        members = [b if name == "macro" else f"blackbox-{b}" for b in BRANCHES]
+        logits[name] = np.full((later.sum(), 71), np.nan, np.float32)
+        if name in ("macro", "blackbox-macro"):
+            for b, m in zip(BRANCHES, members):
+                cols = columns([c for c in GROUPS[b] if c != NO_TRAIN])
+                logits[name][:, cols] = logits[m][:, cols]
+            inputs = {"joint.pt": "collides"} if name == "blackbox-macro" else {}  # as 04 writes it
+        else:
+            y = prep.labels[later][:, columns(classes)]
+            logits[name][:, columns(classes)] = (1.5 * y + rng.normal(size=y.shape)).round(1)  # with ties
+            parts = BRANCHES if base not in MODELS else [base]
+            inputs = {f"{m}/projected.pt": common.file_hash(run / m / "projected.pt") for m in parts}
+            if base.startswith("blackbox"):
+                inputs = {"joint.pt": common.file_hash(run / name / "joint.pt")}
+        common.save_npy(run / f"logits_{name}.npy", logits[name])
+        saved["models"][name] = {"about": name, "classes": classes, "inputs": inputs}
+        if not base.startswith(("blackbox", "macro")) and not name.endswith(("-joint", "-projected")):
+            saved["models"][name].update(nonzero=7, weights=100)
+    common.save_json(run / "predictions.json", saved)
+    return run
+
+
+def evaluate(monkeypatch, run, prep, *more, draws=60, figures=False):
+    """05 on a fake run, with empty figures (they take most of the time) unless asked for; returns its metrics."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "DRAWS", draws)
+        for plot in () if figures else ("plot_classes", "plot_roc"):
+            patch.setattr(ev, plot, lambda *_: ev.Figure((1, 1)))
+        run_stage(patch, "05_evaluate", "--run", run, "--prep", prep.path.parent, "--threads", 1, *more)
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(prep, a run with every prediction, its metrics), evaluated once; tests that change something copy the run."""
+    folder = tmp_path_factory.mktemp("made")
+    prep = fake_prep(folder / "prep")
+    run = fake_run(folder / "full", prep)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return prep, run, evaluate(monkeypatch, run, prep, figures=True)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """(prep, a run with the rhythm branch and its black box) to be damaged."""
+    prep = fake_prep(tmp_path / "prep")
+    names = ["rhythm", "rhythm-joint", "rhythm-projected", "rhythm-unprojected", "blackbox-rhythm"]
+    return prep, fake_run(tmp_path / "small", prep, names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 6), st.integers(0, 5)), min_size=2, max_size=40))
+def test_weighted_auroc_equals_scikit_learn_with_ties_and_weights(rows):
+    y, score, weight = (np.array(column) for column in zip(*rows))
+    got = ev.weighted_auroc(y.astype(np.uint8), score.astype(np.float32), weight[:, None].astype(np.float32))
+    assert got.shape == (1,)
+    if (weight * y).sum() == 0 or (weight * ~y).sum() == 0:
+        assert np.isnan(got[0])
+    else:
+        assert got[0] == pytest.approx(roc_auc_score(y, score, sample_weight=weight), abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(-3, 3, width=32), st.floats(0.01, 9)), min_size=2, max_size=15))
+def test_weighted_auroc_equals_a_slow_double_loop(rows):
+    y, score, weight = (np.array(column) for column in zip(*rows))
+    right = pairs = 0.0
+    for i in np.flatnonzero(y):
+        for j in np.flatnonzero(~y):
+            pairs += weight[i] * weight[j]
+            right += weight[i] * weight[j] * (1 if score[i] > score[j] else 0.5 if score[i] == score[j] else 0)
+    got = ev.weighted_auroc(y, score, weight[:, None])[0]  # float64 weights: computed in float64
+    assert np.isnan(got) if pairs == 0 else got == pytest.approx(right / pairs, abs=1e-12)
+
+
+def test_every_auroc_without_bootstrap_equals_common_and_scikit_learn(made):
+    prep, run, metrics = made
+    on_test = prep.test[prep.val | prep.test]
+    for name in ("fusion", "rhythm", "global", "blackbox-2d", "macro"):
+        score, y = np.load(run / f"logits_{name}.npy")[on_test], prep.labels[prep.test]
+        each = {c: roc_auc_score(y[:, CODES.index(c)], score[:, CODES.index(c)]) for c, v in
+                metrics["per_class"][name].items() if c != NO_TEST}
+        for c, value in each.items():
+            assert metrics["per_class"][name][c][0] == pytest.approx(value, abs=6e-6)
+        cols = columns(metrics["per_class"][name])
+        assert metrics["predictions"][name]["auroc"][0] == pytest.approx(np.mean(list(each.values())), abs=6e-6)
+        assert common.macro_auroc(y[:, cols], score[:, cols]) == pytest.approx(np.mean(list(each.values())), abs=1e-12)
+
+
+def test_the_other_numbers_equal_scikit_learn(made):
+    prep, run, metrics = made
+    on_test, y = prep.test[prep.val | prep.test], prep.labels[prep.test]
+
+    def mean_of(measure, codes, name="all-1d", rows=on_test, y=y):
+        s = np.load(run / f"logits_{name}.npy")[rows]
+        return pytest.approx(np.mean([measure(y[:, i], s[:, i]) for i in columns(codes) if 0 < y[:, i].sum() < len(y)]),
+                             abs=6e-6)
+
+    got, known = metrics["predictions"]["all-1d"], [c for c in CODES if c != NO_TRAIN]
+    twelve = "AFIB AFLT BIGU PACE PSVT SARRH SBRAD SR STACH SVARR SVTAC".split()  # and TRIGU, not modelled here
+    frequent = [c for c, n in metrics["counts"]["test_positives"].items() if n >= 10 and c != NO_TRAIN]
+    assert 10 in metrics["counts"]["test_positives"].values() and got["frequent"][3] == len(frequent)
+    assert got["frequent"][0] == mean_of(roc_auc_score, frequent)
+    assert got["groups"]["Strodthoff's rhythm"][0] == mean_of(roc_auc_score, twelve)
+    assert got["groups"]["Strodthoff's rhythm"][3:] == [11, 12]
+    assert got["fold 9"] == mean_of(roc_auc_score, known, rows=~on_test, y=prep.labels[prep.val])
+    assert got["auprc"] == mean_of(average_precision_score, known)
+    row = next(r for r in metrics["cost"] if r["name"] == "rhythm")
+    rhythm = [c for c in GROUPS["rhythm"] if c != NO_TRAIN]
+    for key, name in {"-joint": "rhythm-joint", "-projected": "rhythm-projected", "-unprojected": "rhythm-unprojected",
+                      "sparse": "rhythm", "black box": "blackbox-1d"}.items():
+        assert row[key] == mean_of(roc_auc_score, rhythm, name)
+
+
+def test_macro_aggregation_is_the_weighted_mean_of_the_branches(made):
+    _, run, metrics = made
+    value = {n: p["auroc"] for n, p in metrics["predictions"].items()}
+    r, m, g = (value[b][0] for b in BRANCHES)
+    assert [value[b][3:] for b in BRANCHES] == [[15, 16], [51, 52], [3, 3]] and value["macro"][3:] == [69, 71]
+    assert value["macro"][0] == pytest.approx((15 * r + 51 * m + 3 * g) / 69, abs=1e-5)
+    text = (run / "results.md").read_text()
+    assert re.search(r"Check: \(15 x .*\) / 69 = (\.\d+); macro aggregation \1: equal", text)
+
+
+def test_macro_identity_16_52_3_when_all_classes_are_evaluable():
+    rng = np.random.default_rng(0)
+    aurocs = rng.random((11, 71))
+    r, m, g, all_ = (ev.macro(aurocs, GROUPS[k])[0] for k in (*BRANCHES, "all"))
+    assert all_ == pytest.approx((16 * r + 52 * m + 3 * g) / 71, abs=1e-5)
+
+
+def test_bootstrap_draws_whole_patients_and_depends_on_the_seed_only():
+    patients = np.array([7, 3, 7, 9, 3, 3, 8])
+    weights = ev.patient_weights(patients, 200, 1)
+    assert weights.shape == (7, 201) and (weights[:, 0] == 1).all()
+    for p in set(patients.tolist()):
+        assert (weights[patients == p] == weights[patients == p][0]).all()  # together or not at all
+    once = [np.flatnonzero(patients == p)[0] for p in np.unique(patients)]
+    assert (weights[once].sum(0) == 4).all()  # as many patients as there are
+    assert np.array_equal(weights, ev.patient_weights(patients, 200, 1))
+    assert not np.array_equal(weights, ev.patient_weights(patients, 200, 2))
+
+
+def test_intervals_equal_resampling_the_records_themselves(made):
+    """The weights give the same as drawing patients, taking their records and calling scikit-learn."""
+    prep, run, metrics = made
+    on_test = prep.test[prep.val | prep.test]
+    y, score = prep.labels[prep.test], np.load(run / "logits_rhythm.npy")[on_test]
+    of = prep.patient_ids[prep.test]
+    patients, rng, draws = np.unique(of), np.random.default_rng(42), []
+    for _ in range(60):
+        drawn = patients[rng.integers(len(patients), size=len(patients))]
+        rows = np.concatenate([np.flatnonzero(of == p) for p in drawn])
+        cols = [c for c in columns(metrics["per_class"]["rhythm"]) if 0 < y[rows, c].sum() < len(rows)]
+        draws.append(np.mean([roc_auc_score(y[rows, c], score[rows, c]) for c in cols]))
+    assert metrics["predictions"]["rhythm"]["auroc"][1:3] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=6e-6)
+
+
+def test_empty_class_rule():
+    """A class absent from a draw leaves that draw's mean; a class absent from the test set leaves all of them."""
+    aurocs = np.full((4, 71), np.nan)
+    a, b, c = columns(GROUPS["global"])
+    aurocs[:, a], aurocs[:, b] = 0.6, [0.8, 0.8, np.nan, np.nan]
+    value, low, high, over, of = ev.macro(aurocs, GROUPS["global"])
+    assert (value, over, of) == (0.7, 2, 3)
+    assert (low, high) == pytest.approx(np.percentile([0.7, 0.6, 0.6], [2.5, 97.5]), abs=1e-5)
+    assert ev.macro(aurocs, ["AFIB"]) == [None, None, None, 0, 1]
+
+
+def test_labels_without_test_positives_or_training_records_are_left_out_and_named(made):
+    _, run, metrics = made
+    text = (run / "results.md").read_text()
+    assert metrics["per_class"]["fusion"][NO_TEST][:3] == [None] * 3 and NO_TRAIN not in metrics["per_class"]["fusion"]
+    assert metrics["predictions"]["fusion"]["auroc"][3:] == [69, 71] and "(over 69 of 71)" in text
+    assert f"Not modelled, without a training record: {NO_TRAIN}." in text
+    assert f"without a test positive: {NO_TEST}." in text
+    assert re.search(rf"fewer than 10 positives in fold 10; .*\b{ONE_TEST}\b", text)
+    assert "left out of that draw's mean" in text
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=30))
+def test_thresholds_maximise_f1(rows):
+    y, score = np.array([r[0] for r in rows]), np.array([r[1] for r in rows], np.float32)
+    t = ev.best_f1_thresholds(y[:, None], score[:, None])[0]
+    if not y.any():
+        assert np.isnan(t)
+        return
+    best = max(f1_score(y, score >= s, zero_division=0) for s in np.unique(score))
+    assert t in score and f1_score(y, score >= t) == pytest.approx(best, abs=1e-12)
+
+
+def test_thresholds_depend_on_fold_9_only(monkeypatch, small):
+    prep, run = small
+    before = evaluate(monkeypatch, run, prep)["per_class"]["rhythm"]
+    path, on_test = run / "logits_rhythm.npy", prep.test[prep.val | prep.test]
+    logits = np.load(path)
+    logits[on_test] = -5 * logits[on_test] + 3  # fold 10 poisoned
+    common.save_npy(path, logits)
+    after = evaluate(monkeypatch, run, prep)["per_class"]["rhythm"]
+    assert [v[5] for v in before.values()] == [v[5] for v in after.values()]
+    assert before["AFIB"][0] != after["AFIB"][0] and before["AFIB"][4] != after["AFIB"][4]
+    i = CODES.index("AFIB")
+    called = logits[on_test, i] >= before["AFIB"][5]
+    assert after["AFIB"][4] == pytest.approx(f1_score(prep.labels[prep.test, i], called), abs=6e-6)
+
+
+def test_per_batch_variant_equals_a_slow_loop(made):
+    prep, run, metrics = made
+    on_test = prep.test[prep.val | prep.test]
+    score, y = np.load(run / "logits_morphology.npy")[on_test], prep.labels[prep.test]
+    by_id, batches = sorted(range(len(y)), key=lambda i: prep.ecg_ids[prep.test][i]), []
+    for first in range(0, len(y), 32):
+        rows, values = by_id[first:first + 32], []
+        for c in columns(metrics["per_class"]["morphology"]):
+            if 0 < y[rows, c].sum() < len(rows):
+                values.append(roc_auc_score(y[rows, c], score[rows, c]))
+        batches.append(np.mean(values))
+    got = metrics["predictions"]["morphology"]
+    assert got["per batch"] == pytest.approx(np.mean(batches), abs=6e-6) and got["per batch"] != got["auroc"][0]
+    assert "as the authors log it; not comparable" in (run / "results.md").read_text()
+
+
+def test_differences_are_paired_and_on_the_labels_that_both_have(monkeypatch, small, made):
+    prep, run, metrics = made
+    rows = {what: v for question in metrics["differences"].values() for what, v in question.items()}
+    value = {n: p["auroc"][0] for n, p in metrics["predictions"].items()}
+    assert rows["fusion - blackbox-1d"][0] == pytest.approx(value["fusion"] - value["blackbox-1d"], abs=2e-5)
+    rhythm_of_box = metrics["predictions"]["blackbox-1d"]["groups"]["rhythm"][0]
+    assert rows["rhythm - blackbox-1d"][0] == pytest.approx(value["rhythm"] - rhythm_of_box, abs=2e-5)
+    assert [rows[f"{b} - blackbox-1d"][3] for b in BRANCHES] == [15, 51, 3]
+    for pair in ("rhythm - blackbox-rhythm", "fusion - fusion-unprojected", "rhythm - rhythm-unprojected",
+                 "fusion - macro", "fusion - rhythm", "fusion - all-1d", "fusion - all-partial", "fusion - all-global",
+                 "fusion-own - fusion"):
+        assert pair in rows
+    prep, run = small  # a prediction against its own copy: no difference, an interval of width 0
+    logits = np.load(run / "logits_rhythm.npy")
+    common.save_npy(run / "logits_rhythm-unprojected.npy", logits)
+    metrics = evaluate(monkeypatch, run, prep)
+    rows = {what: v for question in metrics["differences"].values() for what, v in question.items()}
+    assert rows["rhythm - rhythm-unprojected"] == [0, 0, 0, 15, 71]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_everything_is_written_and_the_same_the_second_time(monkeypatch, made, capsys):
+    prep, run, metrics = made
+    text, numbers = (run / "results.md").read_bytes(), (run / "metrics.json").read_bytes()
+    (run / "results.md").unlink()
+    assert evaluate(monkeypatch, run, prep, figures=True) == metrics
+    assert (run / "results.md").read_bytes() == text and (run / "metrics.json").read_bytes() == numbers
+    assert len(numbers) < 200_000
+    for name in ("per_class_auroc.png", "roc.png"):
+        assert (run / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    last = capsys.readouterr().out.splitlines()[-1].removeprefix(str(run))
+    assert re.fullmatch(r": fusion \.\d{4} \[\.\d{4}, \.\d{4}\] over 69 classes -> .*results\.md", last)
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_the_papers_numbers_stand_beside_ours(made):
+    _, run, metrics = made
+    text = (run / "results.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| fusion classifier, 71"))
+    ours = ev.cell(metrics["predictions"]["fusion"]["auroc"])
+    assert [c.strip() for c in row.split("|")[2:-1]] == [".9010", "not run", ".9248", ours, "–", "–"]
+    cost = {r["name"]: r for r in metrics["cost"]}
+    assert set(cost) == {*PROTOTYPES, "fusion", "fusion-own"}
+    assert cost["fusion"]["prototypes"] == 30 and cost["rhythm"]["distinct"] == 9 and cost["rhythm"]["gap"] == 0.25
+    assert {"-joint", "-projected", "-unprojected", "sparse", "black box"} <= set(cost["all-1d"])
+
+
+@pytest.mark.parametrize("names", [["rhythm"], ["blackbox-1d"], ["global", "global-unprojected", "rhythm"]])
+def test_with_whatever_is_there(monkeypatch, tmp_path, names, capsys):
+    prep = fake_prep(tmp_path / "prep")
+    metrics = evaluate(monkeypatch, fake_run(tmp_path / "some", prep, names), prep, figures=True)
+    final = [n for n in names if not n.endswith("-unprojected")]
+    assert set(metrics["predictions"]) == set(final)
+    assert "not run" in (tmp_path / "some" / "results.md").read_text()
+    assert sorted(final, key=ev.ORDER.index)[0] in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_against_another_run(monkeypatch, small, tmp_path):
+    prep, run = small
+    plain = fake_run(tmp_path / "plain", prep, ["rhythm", "rhythm-joint"], contrastive=False)
+    metrics = evaluate(monkeypatch, run, prep, "--against", plain)
+    assert metrics["against"] == {"plain": False}
+    rows = metrics["differences"]["Against RUN2 (4.2, if only the contrastive loss differs)"]
+    ours, theirs = (metrics["predictions"][n]["auroc"][0] for n in ("rhythm", "rhythm of plain"))
+    assert list(rows) == ["rhythm - rhythm of plain"]
+    assert rows["rhythm - rhythm of plain"][0] == pytest.approx(ours - theirs, abs=2e-5)
+    row = next(line for line in (run / "results.md").read_text().splitlines() if line.startswith("| rhythm branch"))
+    cells = [c.strip() for c in row.split("|")[1:-1]]
+    assert cells[2].startswith(ev.number(theirs)) and cells[4].startswith(ev.number(ours))
+    assert {r["name"] for r in metrics["cost"]} == {"rhythm"}
+
+
+def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
+    prep, run = small
+    monkeypatch.setattr(ev, "HERE", tmp_path / "home")
+    page = tmp_path / "home" / "README.md"
+    page.parent.mkdir()
+    page.write_text("# Größe\n\nbefore\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nafter")
+    with pytest.raises(SystemExit) as error:
+        run_stage(monkeypatch, "05_evaluate", "--readme")
+    assert "--save" in sentence(error)
+    evaluate(monkeypatch, run, prep, "--save", "a-1")
+    saved = tmp_path / "home" / "tests" / "results" / "a-1.json"
+    assert saved.stat().st_size < 20_000 and "per_class" not in json.loads(saved.read_text())
+    values = [json.loads(saved.read_text())["predictions"]["rhythm"]["auroc"][0]]
+    run_stage(monkeypatch, "05_evaluate", "--readme")
+    assert ev.cell(json.loads(saved.read_text())["predictions"]["rhythm"]["auroc"]) in page.read_text()
+    for seed, how in ((43, {}), (44, {}), (42, {"contrastive": False}), (42, {"width": 32})):
+        other = fake_run(tmp_path / f"r{seed}{len(how)}{how.get('width', '')}", prep, ["rhythm"], seed=seed, **how)
+        metrics = evaluate(monkeypatch, other, prep, "--save", other.name)
+        values += [metrics["predictions"]["rhythm"]["auroc"][0]]
+    run_stage(monkeypatch, "05_evaluate", "--readme")
+    once = page.read_text()
+    run_stage(monkeypatch, "05_evaluate", "--readme")
+    assert page.read_text() == once
+    assert once.startswith("# Größe\n\nbefore\n\n<!-- results:begin -->")
+    assert once.endswith("<!-- results:end -->\n\nafter")
+    assert "old" not in once
+    assert f"{ev.number(np.mean(values[:3]))} ± {ev.number(np.std(values[:3], ddof=1))} (3 seeds)" in once
+    wide, narrow = sorted(once.split("**default recipe, width ")[1:], reverse=True)
+    assert wide.startswith("64, 170 test records**") and narrow.startswith("32, 170 test records**")
+    assert ev.number(values[3]) in wide and "seeds" not in narrow and ev.number(values[4]) in narrow
+    page.write_text("no markers")
+    with pytest.raises(SystemExit) as error:
+        run_stage(monkeypatch, "05_evaluate", "--readme")
+    assert "results:begin" in sentence(error) and page.read_text() == "no markers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence, exit code 1, no results
+
+def rewrite(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def resave(path, change):
+    array = np.load(path)
+    common.save_npy(path, change(array))
+
+
+DAMAGE = {
+    "no predictions": (lambda run: (run / "predictions.json").unlink(), "04_fusion.py"),
+    "truncated predictions": (lambda run: (run / "predictions.json").write_text('{"format": 1, '), "04_fusion.py"),
+    "other predictions": (lambda run: (run / "predictions.json").write_text("[]"), "04_fusion.py"),
+    "no models": (lambda run: rewrite(run / "predictions.json", lambda v: v.update(models={})), "04_fusion.py"),
+    "no logits": (lambda run: (run / "logits_rhythm.npy").unlink(), "04_fusion.py"),
+    "truncated logits": (lambda run: (run / "logits_rhythm.npy").write_bytes(
+        (run / "logits_rhythm.npy").read_bytes()[:-100]), "logits_rhythm.npy is damaged"),
+    "empty logits": (lambda run: (run / "logits_rhythm.npy").write_bytes(b""), "logits_rhythm.npy is damaged"),
+    "logits of other records": (lambda run: resave(run / "logits_rhythm.npy", lambda a: a[:-1]), "lacks a number"),
+    "NaN logits": (lambda run: resave(run / "logits_rhythm.npy", lambda a: a * np.nan), "lacks a number"),
+    "infinite logits": (lambda run: resave(run / "logits_rhythm.npy", lambda a: a / 0), "lacks a number"),
+    "double logits": (lambda run: resave(run / "logits_rhythm.npy", lambda a: a.astype(float)), "lacks a number"),
+    "text as logits": (lambda run: resave(run / "logits_rhythm.npy", lambda a: a.astype("U5")), "logits_rhythm.npy"),
+    "changed model": (lambda run: (run / "rhythm" / "projected.pt").write_text("trained again"), "04_fusion.py"),
+    "later round": (lambda run: (run / "rhythm" / "projected_r2.pt").write_text("round 2"), "04_fusion.py"),
+    "model gone": (lambda run: (run / "rhythm" / "projected.pt").unlink(), "04_fusion.py"),
+    "changed black box": (lambda run: (run / "blackbox-rhythm" / "joint.pt").write_text("again"), "04_fusion.py"),
+    "no joint.json": (lambda run: (run / "rhythm" / "joint.json").unlink(), "02_train_joint.py --model rhythm"),
+    "truncated joint.json": (lambda run: (run / "rhythm" / "joint.json").write_text("{"), "02_train_joint.py"),
+    "no prototypes.json": (lambda run: (run / "rhythm" / "prototypes.json").unlink(), "03_project.py --model rhythm"),
+    "empty prototypes.json": (lambda run: (run / "rhythm" / "prototypes.json").write_text("{}"), "03_project.py"),
+    "no labels": (lambda run: (run.parent / "prep" / "labels.npy").unlink(), "01_preprocess.py"),
+    "other labels": (lambda run: resave(run.parent / "prep" / "labels.npy", lambda a: a[:9]), "01_preprocess.py"),
+    "no run": (shutil.rmtree, "04_fusion.py"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_bad_input_gives_one_sentence(monkeypatch, small, what):
+    prep, run = small
+    damage, expected = DAMAGE[what]
+    damage(run)
+    with pytest.raises(SystemExit) as error:
+        evaluate(monkeypatch, run, prep, draws=5)
+    assert expected in sentence(error)
+    assert not (run / "results.md").exists()
+
+
+def test_another_prep_is_refused_and_forced_with_a_warning_that_stays(monkeypatch, small, capsys):
+    prep, run = small
+    rewrite(prep.path, lambda v: v.update(seed=1))
+    with pytest.raises(SystemExit) as error:
+        evaluate(monkeypatch, run, prep)
+    assert "was made from another" in sentence(error) and "--force" in sentence(error)
+    metrics = evaluate(monkeypatch, run, prep, "--force")
+    assert "WARNING" in capsys.readouterr().err and len(metrics["warnings"]) == 1
+    assert "**WARNING**" in (run / "results.md").read_text()
+
+
+def test_models_of_different_settings_in_one_run_are_pointed_out(monkeypatch, tmp_path, capsys):
+    prep = fake_prep(tmp_path / "prep")
+    run = fake_run(tmp_path / "mixed", prep, ["rhythm", "global", "blackbox-1d"])
+    rewrite(run / "global" / "joint.json", lambda v: v["config"].update(lambda_cntrst=0.0))
+    rewrite(run / "blackbox-1d" / "joint.json", lambda v: v["config"].update(lambda_cntrst=0.0))  # has no such loss
+    assert evaluate(monkeypatch, run, prep)["warnings"] == ["global has other settings than rhythm"]
+    assert "global has other settings than rhythm" in (run / "results.md").read_text() and capsys.readouterr().err
+
+
+def test_a_model_that_was_not_predicted_is_asked_for(monkeypatch, small):
+    prep, run = small
+    with pytest.raises(SystemExit) as error:
+        evaluate(monkeypatch, run, prep, "--model", "global")
+    assert "04_fusion.py --model global" in sentence(error)
