@@ -1,6 +1,6 @@
 """Stage 01, preprocessing (paper 3.1, 3.2): PTB-XL records -> arrays that every later stage memory-maps.
 
-Reads every 100 Hz record with wfdb and checks it (12 leads in order, 100 Hz, 1000 samples, mV, header checksum), removes
+Reads every 100 Hz record with wfdb, checks it (12 leads in order, 100 Hz, 1000 samples, mV, header checksum), removes
 baseline wander with a first-order 0.5 Hz Butterworth high-pass run forwards and backwards, fits a StandardScaler per
 lead on folds 1-8, and encodes all 71 labels as 0/1 whatever their likelihood.
 
@@ -18,18 +18,16 @@ Last line: `runs/prep: 21,799 records, 71 labels (train 17,418, validation 2,183
 """
 import ast
 import csv
-import multiprocessing
 import re
 import sys
 
 import numpy as np
 import wfdb
-from scipy.signal import butter, filtfilt
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 import common
-from common import CODES, LEADS, RATE, SAMPLES
+from common import CODES, LEADS, RATE, SAMPLES, highpass
 
 COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr")
 CHUNK = 512  # records filtered at a time
@@ -79,7 +77,7 @@ def read_metadata(data):
         if not 1 <= fold <= 10:
             sys.exit(f"{where}: strat_fold {fold} is outside 1-10; correct or remove the line")
         if fold_of.setdefault(patient, fold) != fold:
-            sys.exit(f"{where}: patient {patient} is in folds {fold_of[patient]} and {fold}; folds must not share patients")
+            sys.exit(f"{where}: patient {patient} is in folds {fold_of[patient]} and {fold}; correct strat_fold")
         # the name becomes a path, so nothing but PTB-XL's own pattern is let through
         if not re.fullmatch(r"records100/\d{5}/\d{5}_lr", row["filename_lr"] or ""):
             sys.exit(f"{where}: filename_lr must look like records100/00000/00001_lr; correct or remove the line")
@@ -117,14 +115,8 @@ def read_record(name):
     return digital, ""
 
 
-def highpass(x):
-    """First-order 0.5 Hz Butterworth high-pass, zero phase (paper 3.2): x [..., 1000] at 100 Hz -> the same shape."""
-    b, a = butter(1, 0.5, "highpass", fs=RATE)
-    return filtfilt(b, a, x, axis=-1)
-
-
 def jaccard(labels):
-    """labels [N, C] of 0/1 -> [C, C]: records with both labels over records with either (for Eq. 7); 1 on the diagonal."""
+    """labels [N, C] of 0/1 -> [C, C]: records with both labels over records with either; 1 on the diagonal (Eq. 7)."""
     y = labels.astype(np.float64)
     both = y.T @ y
     either = y.sum(0)[:, None] + y.sum(0)[None] - both
@@ -134,7 +126,7 @@ def jaccard(labels):
 def main():
     p = common.argument_parser(__doc__)
     p.add_argument("--records", type=int, metavar="N", help="use the first N records of the csv only")
-    p.add_argument("--skip-bad", action="store_true", help="leave unreadable records out and list them in preprocess.json")
+    p.add_argument("--skip-bad", action="store_true", help="leave unreadable records out, list them in preprocess.json")
     args = common.parse(p)
 
     records, described = read_metadata(args.data)
@@ -148,9 +140,7 @@ def main():
     scaler = StandardScaler()
     args.prep.mkdir(parents=True, exist_ok=True)
     (args.prep / "preprocess.json").unlink(missing_ok=True)  # from here on the old arrays are no longer one set
-    workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
-    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
-    with common.replacing(args.prep / "signals.npy") as temporary, context.Pool(workers) as pool, \
+    with common.replacing(args.prep / "signals.npy") as temporary, common.process_pool(args) as pool, \
             tqdm(total=N, unit=" records", desc="reading", mininterval=0.5, disable=None) as bar:
         signals = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(N, len(LEADS), SAMPLES))
         chunk = []
@@ -164,7 +154,8 @@ def main():
                     scaler.partial_fit(x[train].transpose(0, 2, 1).reshape(-1, len(LEADS)))  # [records * 1000, 12]
                 chunk.clear()
 
-        for record, (digital, reason) in zip(records, pool.imap(read_record, [r["name"] for r in records], chunksize=64)):
+        read = pool.imap(read_record, [r["name"] for r in records], chunksize=64)
+        for record, (digital, reason) in zip(records, read):
             bar.update()
             if digital is None:
                 if not args.skip_bad:
@@ -182,7 +173,6 @@ def main():
                 flush()
         flush()
         signals.flush()
-        del signals
         if len(kept) < N:  # shorten the file to the records that were readable
             full = np.load(temporary, mmap_mode="r")
             with open(temporary.with_suffix(".short"), "wb") as f:
@@ -212,7 +202,8 @@ def main():
         "inputs": {n: common.file_hash(args.data / n) for n in ("ptbxl_database.csv", "scp_statements.csv")},
         "sha256": {n: common.file_hash(args.prep / f"{n}.npy") for n in ("signals", *arrays)}})
 
-    for what, ids in (("skipped", [s["ecg_id"] for s in skipped]), ("with a flat lead", flat), ("saturated", saturated)):
+    left_out = [s["ecg_id"] for s in skipped]
+    for what, ids in (("skipped", left_out), ("with a flat lead", flat), ("saturated", saturated)):
         if ids:
             print(f"{len(ids)} records {what}: ecg_id {', '.join(map(str, ids[:8]))}{' ...' if len(ids) > 8 else ''}")
     print(f"{args.prep}: {len(kept):,} records, {int((positives > 0).sum())} labels (train {sizes['train']:,}, "

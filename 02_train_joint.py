@@ -83,21 +83,6 @@ def validate(model, x, y, autocast):
     return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy()), logits
 
 
-def training_latents(model, prep):
-    """(z [N, D, L] of the training records, y [N, C] their labels)."""
-    rows = np.flatnonzero(prep.train)
-    return (common.batched(model.eval().latent, prep, rows, model.p.device),
-            prep.labels[rows][:, common.columns(model.classes)] > 0)
-
-
-def project(model, prep, z, carries, p, unique=True):
-    """Eq. (8) over the training records with latents z [N, D, L] and labels carries [N, C]: projected p [P, D, T]."""
-    rows = np.flatnonzero(prep.train)
-    members = [np.flatnonzero(on) for on in carries.T]
-    return common.project(lambda c: z[members[c]].to(model.p.device), lambda c: prep.ecg_ids[rows[members[c]]],
-                          p, model.p_class, unique)[0]
-
-
 @torch.no_grad()
 def refit_head(model, z, y):
     """Solve the head for z [N, D, L], y [N, C]: own-class weights by logistic regression, all other weights zero.
@@ -167,7 +152,7 @@ def train(name, args, cfg, prep):
     if args.resume and last.is_file():
         saved = common.load_pt(last, "02_train_joint.py", device)
         if {**saved["meta"], "versions": 0, "code": 0} != {**meta, "versions": 0, "code": 0}:
-            sys.exit(f"{last} is of another setting or data set: train without --resume, or name another folder with --run")
+            sys.exit(f"{last} is of another setting or data set: train without --resume, or in another --run")
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -179,7 +164,7 @@ def train(name, args, cfg, prep):
     elif not black_box:  # the start counts as epoch 0, so that training can only be kept if it helps fold 9
         best = validate(model, x[val_rows], y[val_rows.to(device)], exact)[0]
         best_state = copy.deepcopy(model.state_dict())
-        print(f"{name}: {len(model.p)} prototypes for {len(classes)} labels; at the start val {best:.4f}")
+        print(f"{name}: {len(model.p)} prototypes for {len(classes)} labels; at the start val {best:.4f}", flush=True)
 
     for epoch in range(first, epochs + 1):
         if since >= cfg.patience:
@@ -199,7 +184,8 @@ def train(name, args, cfg, prep):
                 total = (bce if w is None else w * bce).mean()
                 loss = {"total": total, "bce": total}
             else:
-                loss = common.composite_loss(logits.float(), s, y_batch, model.p, model.p_class, jaccard, cfg.lambdas, w)
+                loss = common.composite_loss(logits.float(), s, y_batch, model.p, model.p_class, jaccard,
+                                             cfg.lambdas, w)
             optimizer.zero_grad(set_to_none=True)
             loss["total"].backward()
             optimizer.step()
@@ -215,12 +201,12 @@ def train(name, args, cfg, prep):
         if not seen.isfinite().all():
             step = int((~seen.isfinite()).any(1).nonzero()[0])
             bad = [t for t, v in zip(terms, seen[step]) if not v.isfinite()][-1]
-            sys.exit(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, step {step + 1}; "
-                     "lower --lr, or --resume with other data")
+            sys.exit(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, step "
+                     f"{step + 1}: train again with a lower --lr")
         unprojected = None if black_box else model.p.detach().clone()
         if not black_box and cfg.project_every and epoch % cfg.project_every == 0:
-            z, carries = training_latents(model, prep)
-            model.p.data = project(model, prep, z, carries, model.p.data)
+            z, carries, ids = common.training_set(model, prep, device)
+            model.p.data = common.project(z, carries, ids, model.p.data, model.p_class, unique=True)[0]
             if cfg.head == "refit":
                 refit_head(model, z, carries)
         auroc, _ = validate(average, x[val_rows], y[val_rows.to(device)], exact)
@@ -242,11 +228,13 @@ def train(name, args, cfg, prep):
                               "best": best, "best_state": best_state, "since": since, "seconds": seconds,
                               "random": torch.get_rng_state()})
 
-    meta.update(val_auroc=best, epochs=len(log), best_epoch=next((e["epoch"] for e in log if e["val_auroc"] == best), 0))
+    best_epoch = next((e["epoch"] for e in log if e["val_auroc"] == best), 0)
+    meta.update(val_auroc=best, epochs=len(log), best_epoch=best_epoch)
     with common.replacing(folder / f"log{suffix}.jsonl") as t:
         t.write_text("".join(common.json.dumps(line) + "\n" for line in log))
     common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
-    common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1), "threads": torch.get_num_threads()})
+    common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1), "hardware": common.hardware(),
+                                                "threads": torch.get_num_threads()})
     return best
 
 
@@ -256,7 +244,7 @@ def start(name, args, cfg, prep, classes, meta):
     scaler = common.Scaler(**prep.info["scaler"]) if cfg.scale_input else common.Scaler()
     two_d = kind in ("partial", "global") or name in ("blackbox-2d", "blackbox-morphology", "blackbox-global")
 
-    if kind != "blackbox" and args.round > 1:  # Stages 1 and 2 repeated (Appendix E): go on from the projected prototypes
+    if kind != "blackbox" and args.round > 1:  # Stages 1 and 2 repeated (Appendix E), from the projected prototypes
         suffix = "" if args.round == 2 else f"_r{args.round - 1}"
         path = args.run / name / f"projected{suffix}.pt"
         model, before = common.load_model(path, common.command("03_project.py", name))
@@ -277,7 +265,7 @@ def start(name, args, cfg, prep, classes, meta):
         model = common.build(meta, scaler)
     if two_d and cfg.start != "random" and cfg.width == 64:
         if not args.imagenet.is_file():
-            sys.exit(f"{args.imagenet} is missing: run `python 00_download.py --imagenet` first, or train with --start random")
+            sys.exit(f"{args.imagenet} is missing: run `python 00_download.py --imagenet` first, or use --start random")
         model.backbone.load_imagenet(torch.load(args.imagenet, map_location="cpu", weights_only=True))
     return model
 
@@ -301,12 +289,11 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
 
-    rows = np.flatnonzero(prep.train)
     V = box.head.weight.data                                                          # [71, 512 or 1024]
     if kind != "1d" and cfg.pool == "meanmax":  # one step's evidence through the average and through the maximum
         V = V[:, :V.shape[1] // 2] + V[:, V.shape[1] // 2:]
     model.add_on.weight.data, model.add_on.bias.data = V[:, :, None].clone(), torch.zeros_like(V[:, 0])
-    u = common.batched(model.latent, prep, rows, args.device)                         # [N, 71, L]
+    u, carries, ids = common.training_set(model, prep, args.device)                   # [N, 71, L]
     flat = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                         # [N L, 71]
     centre = flat.mean(0)
     variance, Q = torch.linalg.eigh(torch.cov(flat.T))
@@ -316,7 +303,6 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     model.add_on.weight.data = (Z @ V)[:, :, None].clone()
     model.add_on.bias.data = -(Z @ centre)
 
-    carries = prep.labels[rows][:, common.columns(meta["classes"])] > 0
     T, p = common.WINDOW[kind], []
     for c, k in enumerate(meta["per_class"]):
         members = np.flatnonzero(carries[:, c])
@@ -330,7 +316,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
         else:
             p.append(unit[np.arange(k) % len(unit)])
     centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
-    model.p.data = project(model, prep, z, carries, centres.to(model.p))
+    model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, unique=True)[0]
     if cfg.head == "refit":
         refit_head(model, z, carries)
     return model
@@ -359,9 +345,10 @@ def main():
         p.error(f"--scheduler must be one of {', '.join(SCHEDULERS)}")
 
     names = args.model or common.BRANCHES
-    needs_start = cfg.start.startswith("blackbox") and any(MODELS[n][0] != "blackbox" for n in names) and args.round == 1
+    prototypes = any(MODELS[n][0] != "blackbox" for n in names)
+    needs_start = cfg.start.startswith("blackbox") and prototypes and args.round == 1
     if needs_start and cfg.start not in names and not (args.run / cfg.start / "joint.pt").is_file():
-        print(f"{args.run} has no {cfg.start} yet, which the prototype models start from: training it first")
+        print(f"{args.run} has no {cfg.start} yet, the start of the prototype models: training it first", flush=True)
         names = [cfg.start, *names]
     best = {name: train(name, args, cfg, prep) for name in sorted(names, key=lambda n: n != cfg.start)}
     print(f"{args.run}: {', '.join(f'{n} {v:.4f}' for n, v in best.items())} (fold-9 macro-AUROC)")

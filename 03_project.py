@@ -1,4 +1,4 @@
-"""Stage 03, projection (paper 3.5, Stage 2, Eq. 8): every prototype becomes a real patch of a training ECG of its class.
+"""Stage 03, projection (paper 3.5, Stage 2, Eq. 8): every prototype becomes a patch of a training ECG of its class.
 
 Looks through all windows of all training records (folds 1-8) that carry the prototype's label, whatever else they
 carry, takes the most similar one, and notes where it came from. Prints what the move costs: the similarity gap
@@ -15,14 +15,13 @@ writes  RUN/MODEL/projected.pt (projected_r2.pt), RUN/MODEL/prototypes.json: of 
 Takes seconds on a GPU and about a minute a branch on 2 CPU cores, nearly all of it the forward pass.
 Last line: `runs/default: projected rhythm, morphology, global`.
 """
-import sys
 import time
 
 import numpy as np
 import torch
 
 import common
-from common import CODES, MODELS
+from common import CODES
 
 
 def main():
@@ -39,15 +38,8 @@ def main():
         cfg = common.config_of(meta)
         unique = args.unique or cfg.unique
 
-        # Z_j of Eq. (8): the latents of folds 1-8, ascending ecg_id, and among them those with class c
-        rows = np.flatnonzero(prep.train)
-        rows = rows[np.argsort(prep.ecg_ids[rows])]
-        z = common.batched(model.latent, prep, rows, args.device)                                    # [N, D, L]
-        carries = prep.labels[rows][:, common.columns(model.classes)] > 0                            # [N, C]
-        members = [np.flatnonzero(carries[:, c]) for c in range(len(model.classes))]
-        projected, found = common.project(lambda c: z[members[c]].to(args.device),
-                                          lambda c: prep.ecg_ids[rows[members[c]]],
-                                          model.p.data, model.p_class, unique, runners=3)
+        z, carries, ids = common.training_set(model, prep, args.device)
+        projected, found = common.project(z, carries, ids, model.p.data, model.p_class, unique, runners=3)  # Eq. (8)
 
         # What it costs on fold 9, with the head of Stage 1
         val = np.flatnonzero(prep.val)
@@ -81,9 +73,10 @@ def main():
         common.save_pt(out, {"meta": made, "state": {k: v.cpu() for k, v in model.state_dict().items()}})
         common.save_json(out.with_name("prototypes.json"), {**made, **report, "kind": model.kind, "a": model.a,
                          "top_k": model.top_k, "projected": common.file_hash(out), "prototypes": prototypes})
+        left_out = f"  (left out: {' '.join(meta['left_out'])})" if meta["left_out"] else ""
         print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {len(sources)} distinct windows of "
               f"{report['records']} records  fold-9 macro-AUROC {auroc['before']:.4f} -> {auroc['after']:.4f}  "
-              f"{time.time() - began:.1f} s" + (f"  (left out: {' '.join(meta['left_out'])})" if meta["left_out"] else ""))
+              f"{time.time() - began:.1f} s{left_out}", flush=True)
     print(f"{args.run}: projected {', '.join(names)}")
 
 

@@ -6,8 +6,8 @@ of all branches on all labels; the L1 strength is chosen on fold 9. Off-class we
 
 reads   PREP/*.npy, RUN/MODEL/joint.pt and projected.pt (the highest round), RUN/blackbox-*/joint.pt
 writes  RUN/MODEL/scores.npy   float32 [N, P], every record's similarities, in PREP's order
-        RUN/MODEL/classifier.pt, RUN/fusion.pt, RUN/fusion-own.pt    W [C, P], b [C], mean [P], std [P], and what they are
-        RUN/logits_NAME.npy, probabilities_NAME.npy    float32 [records of folds 9 and 10, 71], NaN for labels not modelled
+        RUN/MODEL/classifier.pt, RUN/fusion.pt, RUN/fusion-own.pt    W [C, P], b [C], mean [P], std [P]
+        RUN/logits_NAME.npy, probabilities_NAME.npy    [records of folds 9 and 10, 71], NaN for labels not modelled
         RUN/predictions.json   what each NAME is, and what it was made from
 
     python 04_fusion.py                      every model of the run, and the fusion if the three branches are there
@@ -43,7 +43,8 @@ def fit(X, Y, off, strength, W, b, l2=L2, tolerance=TOLERANCE, rounds=200):
     W, b = W.copy(), b.copy()
     for _ in range(rounds):
         G = (expit(X @ W.T + b) - Y).T @ X / len(X) + l2 * W                                # [C, P] smooth gradient
-        violation = np.where(off & (W == 0), np.maximum(np.abs(G) - strength, 0), np.abs(G + penalty_slope(W, off, strength)))
+        inside = np.maximum(np.abs(G) - strength, 0)                                        # for weights at zero
+        violation = np.where(off & (W == 0), inside, np.abs(G + penalty_slope(W, off, strength)))
         todo = np.flatnonzero(violation.max(1) > tolerance)
         if len(todo) == 0:
             break
@@ -63,7 +64,7 @@ def penalty_slope(W, off, strength):
 
 def newton(X, y, l1, w, b, l2, tolerance):
     """Eq. (10) for one class: X [N, A], y [N], l1 [A], start w [A], b -> w, b. Proximal Newton with step halving."""
-    X = np.column_stack([X, np.ones(len(X))])                                               # the bias is the last weight
+    X = np.column_stack([X, np.ones(len(X))])                                               # the bias comes last
     v, l1 = np.append(w, b), np.append(l1, 0.0)
     ridge = np.append(np.full(len(w), l2), 0.0)
 
@@ -166,7 +167,7 @@ def main():
     summary = {}
 
     def save_predictions(name, about, classes, logits, inputs, **more):
-        """logits [folds 9 and 10, C] -> the two arrays of NAME over all 71 columns, and its line in predictions.json."""
+        """logits [folds 9 and 10, C] -> the two arrays of NAME with 71 columns, and its line in predictions.json."""
         full = np.full((len(later), len(CODES)), np.nan, np.float32)
         full[:, common.columns(classes)] = logits
         common.save_npy(args.run / f"logits_{name}.npy", full)
@@ -179,7 +180,7 @@ def main():
         common.save_json(predictions_path, predictions)
 
     def classify(name, about, scores, own_records, p_code, classes, inputs, meta, path, own_only=False):
-        """Fit Eq. (10) for `classes` on scores [N, P] whose prototypes have codes p_code [P]; save it with its logits."""
+        """Fit Eq. (10) for `classes` on scores [N, P] of prototypes with codes p_code [P]; save it with its logits."""
         began = time.time()
         X, X_val, X_later, mean, std = standardise(scores, prep, own_records)
         Y = prep.labels[prep.train][:, common.columns(classes)].astype(np.float64)
@@ -204,13 +205,15 @@ def main():
               f"{'own class only' if own_only else f'lambda {strength:.0e}'}  {time.time() - began:.1f} s", flush=True)
 
     # Black boxes: their own logits
-    present = [m for m in MODELS if list((args.run / m).glob("joint*.pt"))] or common.prototype_models(args)
+    present = [m for m in MODELS if list((args.run / m).glob("joint*.pt"))]
+    if not args.model and not present:
+        sys.exit(f"{args.run} holds no trained model: run `python 02_train_joint.py` first")
     for name in [m for m in args.model or present if MODELS[m][0] == "blackbox"]:
         path = args.run / name / "joint.pt"
         model, meta = common.load_model(path, f"02_train_joint.py --model {name}", device)
         common.same_input(meta, "prep", prep.path, path, f"02_train_joint.py --model {name}", args.force)
         logits = common.batched(lambda x: model(x)[0], prep, later, device)
-        save_predictions(name, "black box", model.classes, logits.numpy(), {str(path.name): common.file_hash(path)})
+        save_predictions(name, "black box", model.classes, logits.numpy(), {f"{name}/joint.pt": common.file_hash(path)})
         print(f"{name:22s} fold 9 {summary[name]:.4f}", flush=True)
 
     # Prototype models: one pass for all scores, then the branch classifier
@@ -233,8 +236,9 @@ def main():
             return torch.stack(s[::-1], 1)
 
         parts = np.array_split(np.arange(len(prep.folds)), max(1, len(prep.folds) // 2048))
-        scores, scores_before = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in
-                                                tqdm(parts, desc=f"{name}: scores", leave=False, disable=None)]).transpose(1, 0, 2)
+        parts = tqdm(parts, desc=f"{name}: scores", leave=False, disable=None)
+        both = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in parts])  # [N, 2, P]
+        scores, scores_before = np.ascontiguousarray(both.transpose(1, 0, 2))
         common.save_npy(path.with_name("scores.npy"), scores)
         rows = np.searchsorted(prep.ecg_ids, [q["ecg_id"] for q in record["prototypes"]])
         p_code = [model.classes[c] for c in model.p_class.tolist()]
@@ -242,8 +246,9 @@ def main():
         for step, head, s in (("joint", before.head, scores_before), ("projected", model.head, scores)):
             with torch.no_grad():
                 logits = head(torch.from_numpy(s[later]).to(device)).cpu().numpy()
-            save_predictions(f"{name}-{step}", f"{name} with Stage 1's head, {'before' if step == 'joint' else 'after'} "
-                             "projection", model.classes, logits, inputs)
+            when = "before" if step == "joint" else "after"
+            save_predictions(f"{name}-{step}", f"{name} with Stage 1's head, {when} projection", model.classes, logits,
+                             inputs)
         made = common.provenance(common.config_of(meta), "04_fusion.py", projected=path, prep=prep.path)
         classify(name, f"{name} branch, sparse classifier", scores, rows, p_code, model.classes, inputs,
                  {**made, "model": name}, path.with_name("classifier.pt"))
@@ -259,11 +264,13 @@ def main():
         inputs = {k: v for b in BRANCHES for k, v in cached[b][5].items()}
         made = {**cached["rhythm"][6], "model": "fusion", "inputs": inputs,
                 "branches": [[b, cached[b][0].shape[1]] for b in BRANCHES]}
-        classify("fusion", "fusion classifier, Eq. (10)", scores, rows, p_code, classes, inputs, made, args.run / "fusion.pt")
+        classify("fusion", "fusion classifier, Eq. (10)", scores, rows, p_code, classes, inputs, made,
+                 args.run / "fusion.pt")
         classify("fusion-own", "fusion with own-class weights only", scores, rows, p_code, classes, inputs, made,
                  args.run / "fusion-own.pt", own_only=True)
-        classify("fusion-unprojected", "fusion on the prototypes before projection", scores_before, rows, p_code, classes,
-                 inputs, {}, None)
+        for n, own_only in (("fusion", False), ("fusion-own", True)):
+            classify(f"{n}-unprojected", f"{n} on the prototypes before projection", scores_before, rows, p_code,
+                     classes, inputs, {}, None, own_only)
 
     # Macro aggregation: each label from its own branch
     for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):

@@ -16,21 +16,19 @@ writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for 
 Takes 10 to 20 s on 2 CPU cores; no GPU needed.
 Last line: `runs/default: fusion .9321 [.9250, .9390] over 71 classes -> runs/default/results.md`, with your numbers.
 """
-import platform
 import re
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, roc_curve
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
-from common import BRANCHES, CODES, GROUPS, MODELS, columns
+from common import BRANCHES, CODES, GROUPS, MODELS, best_f1_thresholds, columns
 
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN is "no such class" here, and the mean of none is NaN
 HERE = Path(__file__).parent
@@ -54,7 +52,7 @@ PAIRS = {  # paired differences, first - second, by the question that they answe
     "As good as a black box? (4.3)": [(name, box) for _, name, _, _, box, _ in PAPER if box] + [
         (m, "blackbox-1d") for m in (*BRANCHES, "fusion", "fusion-own")] + [("fusion", "blackbox-macro")],
     "Cost of projection, and of own-class weights alone (3.5)": [
-        (m, f"{m}-unprojected") for m in ("fusion", *MODELS)] + [("fusion-own", "fusion")]}
+        (m, f"{m}-unprojected") for m in ("fusion", "fusion-own", *MODELS)] + [("fusion-own", "fusion")]}
 
 
 # Numbers. AUROCs are [1 + draws, 71]: row 0 of the test set as it is, then one row a bootstrap draw; NaN: no such class
@@ -93,26 +91,10 @@ def macro(aurocs, codes):
     return [rounded(value), *map(rounded, np.nanpercentile(draws, [2.5, 97.5])), over, len(codes)]
 
 
-def best_f1_thresholds(y, score):
-    """Per class the threshold with the best F1 (score >= threshold is positive), or NaN; y, score [N, C] -> [C]."""
-    order = np.argsort(-score, axis=0, kind="stable")
-    score, hits = np.take_along_axis(score, order, 0), np.take_along_axis(y > 0, order, 0).cumsum(0)
-    f1 = 2 * hits / (np.arange(1, len(y) + 1)[:, None] + hits[-1])
-    f1[:-1][score[:-1] == score[1:]] = -1                                                  # equal scores stay together
-    return np.where(hits[-1] > 0, np.take_along_axis(score, f1.argmax(0)[None], 0)[0], np.nan)
-
-
 def per_batch_auroc(y, score, batch=BATCH):
     """What the authors log, y, score [N, C]: the mean over consecutive batches of the macro-AUROC over the classes with
     both a positive and a negative in the batch. Not the macro-AUROC: most batches miss the rare classes."""
     return np.nanmean([common.macro_auroc(y[i:i + batch], score[i:i + batch]) for i in range(0, len(y), batch)])
-
-
-def processor():
-    """The name of this machine's GPU, or else of its CPU."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else found[1] if found else platform.machine()
 
 
 # What 02-04 left behind
@@ -135,8 +117,7 @@ def load_run(run, prep, force):
         sys.exit(f"{path} names no model: {again}")
     if saved["inputs"]["prep"] != common.file_hash(prep.path):
         stale.append(f"{path} was made from another {prep.path}: {again}")
-    made_from = {run / (k if "/" in k else f"{n}/{k}"): v for n, m in models.items() if n != "blackbox-macro"
-                 for k, v in m["inputs"].items()}
+    made_from = {run / k: v for m in models.values() for k, v in m["inputs"].items()}
     for source, fingerprint in made_from.items():
         latest = source.is_file() and common.newest(source.parent, source.stem.partition("_r")[0], "")[1] == source
         if not latest or common.file_hash(source) != fingerprint:
@@ -409,7 +390,8 @@ def main():
                    for question, some in pairs.items()}
     metrics = {
         "format": common.FORMAT, "run": args.run.name, **{k: setting[k] for k in ("recipe", "seed", "width")},
-        "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale, "hardware": processor(),
+        "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale,
+        "hardware": common.hardware(),
         "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
         "trained": {n: {k: j.get(k) for k in ("device", "hardware", "seconds")} for n, j in joint.items()},
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),

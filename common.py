@@ -1,7 +1,7 @@
 """What two or more stages share: labels, settings, the model of the paper and its loss, metrics, artifact files.
 
-In the order of the paper: labels (3.1, Appendix G), settings (Appendix E), backbones, prototype layer and Eq. (1) (3.3),
-loss Eq. (2)-(7) (3.4), projection Eq. (8) (3.5), macro-AUROC (3.1). After these the plumbing: command line, arrays, files.
+In the order of the paper: labels (3.1, Appendix G), settings (Appendix E), backbone, prototype layer and Eq. (1) (3.3),
+loss, Eq. (2)-(7) (3.4), projection, Eq. (8) (3.5), macro-AUROC (3.1). Then the plumbing: command line, arrays, files.
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities, W [C, P], y [B, C].
 """
@@ -10,8 +10,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 import scipy
 import torch
 import torch.nn.functional as F
+from scipy.signal import butter, filtfilt
 from scipy.stats import rankdata
 from torch import nn
 
@@ -50,6 +53,12 @@ BRANCHES = ["rhythm", "morphology", "global"]  # the paper's three
 IMAGENET = Path("data/resnet18-f37072fd.pth")  # torchvision's ResNet18 weights, fetched by 00_download.py --imagenet
 
 
+def highpass(x):
+    """First-order 0.5 Hz Butterworth high-pass, zero phase (paper 3.2): x [..., 1000] at 100 Hz -> the same shape."""
+    b, a = butter(1, 0.5, "highpass", fs=RATE)
+    return filtfilt(b, a, x, axis=-1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
@@ -70,19 +79,19 @@ class Config:
     a: tuple = (1.0, 1.0, 1.0)       # scale of Eq. (1): 1D, partial, global
     top_k: int = 5                   # windows averaged into a partial prototype's score, of 30 (3.3, k unstated)
     # Loss (3.4): lambda_div is divided by P^2 and lambda_cntrst by sqrt(P), so that they do not depend on P
-    lambda_clst: float = 0.5
-    lambda_sep: float = 0.1
-    lambda_div: float = 1.0
-    lambda_cntrst: float = 1.0
+    lambda_clst: float = 0.01        # a hundredth, because the BCE of rare labels is itself about 0.05
+    lambda_sep: float = 0.002
+    lambda_div: float = 0.1
+    lambda_cntrst: float = 0.1
     class_weights: bool = False      # w of Eq. (3): (N - n) / n instead of 1
     sampler: str = "shuffle"         # shuffle, or weighted: records drawn by the inverse frequency of their labels
     # Stage 1 (3.5, Appendix E)
-    head: str = "refit"              # W: refit (own-class weights, solved anew after every epoch), free or frozen (code),
-                                     # both from 1 / -0.5
-    epochs: int = 10
-    patience: int = 10               # epochs without a better fold-9 macro-AUROC before stopping
+    head: str = "refit"              # W: refit (own-class weights, solved anew after every epoch), or from 1 / -0.5
+                                     # free (learns) or frozen (authors' code)
+    epochs: int = 6
+    patience: int = 4                # epochs without a better fold-9 macro-AUROC before stopping
     batch: int = 128
-    lr: float = 2e-4
+    lr: float = 1e-4
     optimizer: str = "adamw"         # adamw, or adam (paper), whose weight decay is an L2 term
     weight_decay: float = 0.02
     scheduler: str = "onecycle"      # constant, cosine, plateau, step, cyclic, onecycle
@@ -91,7 +100,7 @@ class Config:
     blackbox_lr: float = 3e-3
     blackbox_ema: float = 0.99       # moving average of a black box's weights over steps; 0 is none
     # Stage 2
-    project_every: int = 1           # epochs between projections within Stage 1, which keep p on real patches; 0 is never
+    project_every: int = 1           # epochs between projections within Stage 1, which keep p on real patches; 0: none
     rounds: int = 1                  # Stages 1 + 2 (paper: twice)
     unique: bool = True              # no two prototypes of a class on the same window
 
@@ -100,15 +109,13 @@ class Config:
         return self.lambda_clst, self.lambda_sep, self.lambda_div, self.lambda_cntrst
 
 
-# The authors' published and de facto settings (paper_facts of the README), run through the paper's equations.
+# The authors' published and de facto settings, run through the paper's equations.
 PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet", pool="mean", add_on="sigmoid",
                prototypes="random", a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004, lambda_sep=0.0004,
                lambda_div=250.0, lambda_cntrst=600.0, class_weights=True, head="frozen", epochs=200, patience=10,
-               batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False, blackbox_ema=0.0,
-               blackbox_epochs=200, blackbox_lr=1e-4, project_every=0, rounds=2, unique=False)
+               batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False,
+               blackbox_ema=0.0, blackbox_epochs=200, blackbox_lr=1e-4, project_every=0, rounds=2, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
-
-
 DEMO = dict(width=16, epochs=6, blackbox_epochs=25, batch=32, start="blackbox-1d")  # what --demo changes
 
 
@@ -193,7 +200,7 @@ class ResNet18(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Prototype layer (3.3)
 
-WINDOW = {"1d": 1, "partial": 3, "global": 32}  # T: latent steps that a prototype spans (the 1D branch pools time first)
+WINDOW = {"1d": 1, "partial": 3, "global": 32}  # T: latent steps of a prototype (1D: after pooling over time)
 
 
 def similarity(z, p, a=1.0):
@@ -215,7 +222,7 @@ def pool_over_time(h, how):
 
 
 class Scaler(nn.Module):
-    """StandardScaler per lead as part of the model: (x - mean) / std, fitted by 01 on folds 1-8; identity if unscaled."""
+    """StandardScaler per lead as part of the model: (x - mean) / std, from 01; the identity if nothing is given."""
 
     def __init__(self, mean=None, std=None):
         super().__init__()
@@ -251,11 +258,11 @@ class ProtoECGNet(nn.Module):
         self.p = nn.Parameter(torch.rand(len(p_class), dim, WINDOW[kind]))
         self.head = nn.Linear(len(p_class), len(classes))
         own = F.one_hot(p_class, len(classes)).T.float()                              # [C, P]
-        self.head.weight.data = 1.5 * own - 0.5                                       # W_cp = 1 own class, -0.5 else (3.5)
+        self.head.weight.data = 1.5 * own - 0.5                                       # W_cp = 1 own, -0.5 else (3.5)
         nn.init.zeros_(self.head.bias)
 
     def features(self, x):
-        """x [B, 12, 1000] mV -> what the add-on reads: [B, 512, 32], or for the 1D branch pooled over time [B, 512, 1]."""
+        """x [B, 12, 1000] mV -> what the add-on reads: [B, 512, 32], 1D branch: pooled over time, [B, 512, 1]."""
         h = self.backbone(self.scaler(x))
         return pool_over_time(h, self.pool) if self.kind == "1d" else h
 
@@ -340,22 +347,20 @@ def _best(s, mask):
 # ---------------------------------------------------------------------------------------------------------------------
 # Projection (3.5, Stage 2)
 
-def project(z_of_class, ids_of_class, p, p_class, unique=False, runners=0):
+def project(z, carries, ids, p, p_class, unique=False, runners=0):
     """Eq. (8): for every prototype the most similar window among the training records that carry its class.
 
-    z_of_class(c) -> z [n, D, L] float32 and ids_of_class(c) -> ecg_id [n], ascending, for class index c.
-    Ties go to the lowest ecg_id, then the earliest window. With `unique` no two prototypes of a class take the same
-    window: the best match chooses first (if the class has enough windows).
+    z [N, D, L] latents of the training records, carries [N, C] bool their labels, ids [N] their ecg_id, ascending,
+    p [P, D, T], p_class [P]. Ties go to the lowest ecg_id, then the earliest window. With `unique` no two prototypes of
+    a class take the same window: the best match chooses first (if the class has enough windows).
     Returns the projected p [P, D, T] and per prototype a list of (ecg_id, window, cosine): its source, then the best
     window of up to `runners` other records.
     """
     projected, found = p.clone(), [None] * len(p)
-    for c in range(int(p_class.max()) + 1):
+    for c in p_class.unique().tolist():
         own = torch.where(p_class == c)[0]
-        if len(own) == 0:
-            continue
-        z, ids = z_of_class(c), ids_of_class(c)
-        S = torch.cat([similarity(part, p[own].to(part)) for part in z.split(512)])         # [n, own, windows]
+        members = np.flatnonzero(carries[:, c])                                             # Z_j of Eq. (8)
+        S = torch.cat([similarity(z[part].to(p), p[own]) for part in np.array_split(members, -(-len(members) // 512))])
         S = S.transpose(0, 1).cpu().numpy()                                                 # [own, n, windows]
         flat, taken = S.reshape(len(own), -1).copy(), 0
         for i in np.argsort(-flat.max(1), kind="stable"):
@@ -365,13 +370,20 @@ def project(z_of_class, ids_of_class, p, p_class, unique=False, runners=0):
             if unique and taken < flat.shape[1]:
                 flat[:, at] = -np.inf
             j = int(own[i])
-            projected[j] = z[record, :, window:window + p.shape[2]].to(p)
+            projected[j] = z[members[record], :, window:window + p.shape[2]].to(p)
             best = S[i].argmax(1)                                                           # [n] window per record
-            score = S[i][np.arange(len(ids)), best]
+            score = S[i][np.arange(len(best)), best]
             others = [r for r in np.argsort(-score, kind="stable")[:runners + 1] if r != record][:runners]
-            found[j] = [(int(ids[record]), window, float(S[i, record, window]))]
-            found[j] += [(int(ids[r]), int(best[r]), float(score[r])) for r in others]
+            found[j] = [(int(ids[members[r]]), int(w), float(S[i, r, w])) for r, w in
+                        [(record, window), *((r, best[r]) for r in others)]]
     return projected, found
+
+
+def training_set(model, prep, device):
+    """What Stage 2 looks through, folds 1-8 in ascending ecg_id: z [N, D, L], carries [N, C] bool, ids [N]."""
+    rows = np.flatnonzero(prep.train)
+    return (batched(model.eval().latent, prep, rows, device), prep.labels[rows][:, columns(model.classes)] > 0,
+            prep.ecg_ids[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,6 +404,15 @@ def macro_auroc(y, score):
     """Mean AUROC over the columns that have both a positive and a negative; NaN if none has."""
     each = auroc(y, score)
     return float(np.nanmean(each)) if np.isfinite(each).any() else float("nan")
+
+
+def best_f1_thresholds(y, score):
+    """Per class the threshold with the best F1 (score >= threshold is positive), or NaN; y, score [N, C] -> [C]."""
+    order = np.argsort(-score, axis=0, kind="stable")
+    score, hits = np.take_along_axis(score, order, 0), np.take_along_axis(y > 0, order, 0).cumsum(0)
+    f1 = 2 * hits / (np.arange(1, len(y) + 1)[:, None] + hits[-1])
+    f1[:-1][score[:-1] == score[1:]] = -1                                                  # equal scores stay together
+    return np.where(hits[-1] > 0, np.take_along_axis(score, f1.argmax(0)[None], 0)[0], np.nan)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,6 +453,12 @@ def parse(p, argv=None):
         p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     args.device = torch.device(args.device)
     return args
+
+
+def process_pool(args):
+    """A pool of as many processes as --threads allows; children inherit what the stage has loaded."""
+    workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
+    return multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork").Pool(workers)
 
 
 def run(main):
@@ -519,6 +546,14 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+def hardware():
+    """The name of this machine's GPU, or else of its CPU with the number of cores."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    cpu = f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+
+
 def provenance(cfg, stage, **inputs):
     """What goes beside every artifact: settings, versions, code and the fingerprints of the `inputs` (name=path)."""
     here = Path(__file__).parent
@@ -547,7 +582,8 @@ def load_prep(folder, maker="01_preprocess.py"):
     prep = SimpleNamespace(info=info, path=folder / "preprocess.json")
     for name in ("signals", "labels", "folds", "ecg_ids", "patient_ids"):
         array = load_npy(folder / f"{name}.npy", maker, mmap=name == "signals")
-        if list(array.shape) != info["shapes"][name]:
+        changed = name != "signals" and file_hash(folder / f"{name}.npy") != info["sha256"][name]  # signals: 1 GB
+        if changed or list(array.shape) != info["shapes"][name]:
             sys.exit(f"{folder / name}.npy does not belong to {prep.path}: run `python {maker}` again")
         setattr(prep, name, array)
     prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10

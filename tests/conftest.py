@@ -1,4 +1,4 @@
-"""What the test files share: the repository on the import path, `stage`, and a maker of small preprocessed data sets."""
+"""What the test files share: the repository on the import path, `stage`, and makers of small PREP and RUN folders."""
 import importlib
 import json
 import os
@@ -90,6 +90,16 @@ def write_prep(folder, n=60, seed=0, codes=("SR", "AFIB", "NORM", "IMI", "LVH"),
     return common.load_prep(folder)
 
 
+def change_prep(folder, **arrays):
+    """Put other arrays into a PREP folder, and what 01 says of them into preprocess.json. Returns load_prep of it."""
+    info = json.loads((folder / "preprocess.json").read_text())
+    for name, array in arrays.items():
+        common.save_npy(folder / f"{name}.npy", array)
+        info["shapes"][name], info["sha256"][name] = list(array.shape), common.file_hash(folder / f"{name}.npy")
+    common.save_json(folder / "preprocess.json", info)
+    return common.load_prep(folder)
+
+
 @pytest.fixture
 def tiny_prep(tmp_path):
     """tiny_prep(name="prep", **how): write_prep in a folder of this test."""
@@ -102,8 +112,8 @@ def write_joint(run, prep, model="rhythm", seed=0, **settings_):
     kind, group = common.MODELS[model]
     classes, left_out = common.learnable(prep, common.GROUPS[group])
     per_class = None if kind == "blackbox" else [cfg.per_class[list(common.WINDOW).index(kind)]] * len(classes)
-    meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": model, "round": 1, "classes": classes,
-            "left_out": left_out, "device": "cpu", "per_class": per_class, "latent_dim": None}
+    meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": model, "round": 1,
+            "classes": classes, "left_out": left_out, "device": "cpu", "per_class": per_class, "latent_dim": None}
     torch.manual_seed(seed)
     net = common.build(meta, common.Scaler(**prep.info["scaler"]))
     path = run / model / "joint.pt"

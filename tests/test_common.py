@@ -18,7 +18,7 @@ from torch import nn
 
 import common
 from common import CODES, GROUPS, PAPER, Config
-from conftest import run_stage, sentence, write_joint
+from conftest import change_prep, run_stage, sentence, write_joint
 
 MAKER = "01_preprocess.py"
 
@@ -34,7 +34,8 @@ def test_labels_are_16_52_3_disjoint_with_union_71():
     rhythm, morphology, global_ = (GROUPS[g] for g in ("rhythm", "morphology", "global"))
     assert (len(rhythm), len(morphology), len(global_)) == (16, 52, 3)
     assert len(CODES) == len(set(CODES)) == len(set(rhythm) | set(morphology) | set(global_)) == 71
-    assert set(rhythm) == set("1AVB 2AVB 3AVB AFIB AFLT BIGU IVCD PACE PSVT SARRH SBRAD SR STACH SVARR SVTAC TRIGU".split())
+    assert sorted(rhythm) == ("1AVB 2AVB 3AVB AFIB AFLT BIGU IVCD PACE PSVT SARRH SBRAD SR STACH SVARR SVTAC "
+                              "TRIGU").split()
     assert set(global_) == {"DIG", "EL", "NORM"}
     assert {"INVT", "ISC_", "NST_", "STD_", "STE_", "TAB_", "NT_", "LAO/LAE", "PRC(S)"} <= set(morphology)
     for group in GROUPS.values():
@@ -289,7 +290,7 @@ def test_lambdas_of_the_paper_recipe_are_the_authors():
     logits, s, y, p, p_class, J = loss_case("ordinary")
     t = common.composite_loss(logits, s, y, p, p_class, J, PAPER.lambdas)
     P = len(p)  # paper_facts 4: 250 with 1 / P^2, 300 with 1 / sqrt(P) in place of the paper's 1/2
-    want = t["bce"] + 0.004 * t["clst"] + 0.0004 * t["sep"] + 250 * t["div"] / P**2 + 300 * 2 * t["cntrst"] / math.sqrt(P)
+    want = t["bce"] + 0.004 * t["clst"] + 0.0004 * t["sep"] + 250 * t["div"] / P**2 + 600 * t["cntrst"] / math.sqrt(P)
     assert float(t["total"]) == pytest.approx(float(want), rel=1e-12)
 
 
@@ -438,33 +439,32 @@ def test_imagenet_weights_need_the_full_width(both_networks):
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. (8)
 
-def brute_force(z_of, ids_of, p, p_class, unique=False, runners=0):
-    """Eq. (8) written out: every window of every record, in float64; values within 1e-6 are equal."""
-    p64 = p.double().numpy()
+def brute_force(z, carries, ids, p, p_class, unique=False, runners=0):
+    """Eq. (8) written out: every window of every record of the class, in float64; values within 1e-5 are equal."""
+    z, p64 = z.double().numpy(), p.double().numpy()
     P, _, T = p.shape
     found = [None] * P
     for c in sorted(set(p_class.tolist())):
         own = [j for j in range(P) if int(p_class[j]) == c]
-        z, ids = z_of(c).double().numpy(), ids_of(c)
-        table = {}  # prototype -> [(cosine rounded, ecg_id, window, record, cosine)]
+        table = {}  # prototype -> [(-cosine rounded, ecg_id, window, cosine)], best first
         for j in own:
             unit = p64[j].reshape(-1) / np.linalg.norm(p64[j])
-            rows = []
+            table[j] = []
             for r in range(len(z)):
-                for t in range(z.shape[2] - T + 1):
+                for t in range(z.shape[2] - T + 1) if carries[r, c] else ():
                     patch = z[r, :, t:t + T].reshape(-1)
-                    cosine = float(patch @ unit / max(np.linalg.norm(patch), 1e-6))
-                    rows.append((-round(cosine, 5), int(ids[r]), t, r, cosine))
-            table[j] = sorted(rows)
+                    cosine = float(patch @ unit / np.linalg.norm(patch))
+                    table[j].append((-round(cosine, 5), int(ids[r]), t, cosine))
+            table[j].sort()
         taken = set()
         for j in sorted(own, key=lambda j: (table[j][0][0], j)):
-            choice = next((row for row in table[j] if not unique or (row[1], row[2]) not in taken), table[j][0])
-            taken.add((choice[1], choice[2]))
+            choice = next((row for row in table[j] if not unique or row[1:3] not in taken), table[j][0])
+            taken.add(choice[1:3])
             best_of = {}
             for row in table[j]:
                 best_of.setdefault(row[1], row)
             others = [row for row in best_of.values() if row[1] != choice[1]][:runners]
-            found[j] = [(row[1], row[2], row[4]) for row in [choice, *others]]
+            found[j] = [row[1:] for row in [choice, *others]]
     return found
 
 
@@ -475,31 +475,35 @@ def same_found(found, want):
 
 
 def planted(n, D, L, T, per_class, seed=0, copies=4):
-    """Latents of two classes where `copies` windows hold each prototype exactly: ties at cosine 1."""
-    g = torch.Generator().manual_seed(seed)
-    p = torch.randn(sum(per_class), D, T, generator=g)
+    """(z, carries, ids, p, p_class): latents where `copies` windows hold each prototype exactly, so ties at cosine 1,
+    some of them in records that do not carry the class."""
+    rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     p_class = torch.repeat_interleave(torch.arange(len(per_class)), torch.tensor(per_class))
-    z = [torch.randn(n, D, L, generator=g) for _ in per_class]
-    for j, c in enumerate(p_class.tolist()):
-        for _ in range(copies):
-            r, t = int(torch.randint(n, (), generator=g)), int(torch.randint(L - T + 1, (), generator=g))
-            z[c][r, :, t:t + T] = p[j]
-    ids = [np.sort(np.random.default_rng(seed + c).choice(10 * n, n, replace=False)) for c in range(len(per_class))]
-    return z, ids, p, p_class
+    p, z = torch.randn(len(p_class), D, T, generator=g), torch.randn(n, D, L, generator=g)
+    carries = rng.random((n, len(per_class))) < 0.6
+    carries[:5] = True
+    for j in range(len(p)):
+        for r, t in zip(rng.integers(n, size=copies), rng.integers(L - T + 1, size=copies)):
+            z[r, :, t:t + T] = p[j]
+    return z, carries, np.sort(rng.choice(10 * n, n, replace=False)), p, p_class
+
+
+def one_class(z, ids):
+    return z, np.ones((len(z), 1), bool), np.asarray(ids)
 
 
 @pytest.mark.parametrize("unique", [False, True])
 @pytest.mark.parametrize("D, L, T", [(4, 6, 3), (6, 1, 1), (3, 5, 5)])
 def test_projection_equals_brute_force_with_ties(D, L, T, unique):
     for seed in range(5):
-        z, ids, p, p_class = planted(9, D, L, T, (4, 3), seed)
-        projected, found = common.project(z.__getitem__, ids.__getitem__, p, p_class, unique, runners=3)
-        same_found(found, brute_force(z.__getitem__, ids.__getitem__, p, p_class, unique, runners=3))
+        case = z, carries, ids, p, p_class = planted(12, D, L, T, (4, 3), seed)
+        projected, found = common.project(*case, unique, runners=3)
+        same_found(found, brute_force(*case, unique, runners=3))
         for j, (ecg_id, window, cosine) in enumerate(f[0] for f in found):
-            c = int(p_class[j])
-            source = z[c][list(ids[c]).index(ecg_id), :, window:window + T]
-            assert torch.equal(projected[j], source)  # exactly a training patch, not normalised or averaged
-            assert len({f[0] for f in found[j]}) == len(found[j]) == 4  # distinct records, the source not among the others
+            record = list(ids).index(ecg_id)
+            assert carries[record, p_class[j]]
+            assert torch.equal(projected[j], z[record, :, window:window + T])  # exactly a patch, nothing averaged
+            assert len({f[0] for f in found[j]}) == len(found[j]) == 4  # distinct records, the source not twice
             assert all(f[2] <= cosine + 1e-6 for f in found[j][1:]) or unique
 
 
@@ -508,7 +512,7 @@ def test_ties_go_to_the_lowest_ecg_id_then_the_earliest_window():
     p = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(2))
     for record, window in ((4, 0), (2, 5), (2, 1), (3, 0)):
         z[record, :, window:window + 3] = p[0]
-    _, found = common.project(lambda c: z, lambda c: np.array([5, 7, 30, 31, 40]), p, torch.zeros(1, dtype=int), runners=2)
+    _, found = common.project(*one_class(z, [5, 7, 30, 31, 40]), p, torch.zeros(1, dtype=int), runners=2)
     assert [f[:2] for f in found[0]] == [(30, 1), (31, 0), (40, 0)]
 
 
@@ -517,53 +521,58 @@ def test_projection_does_not_depend_on_the_chunks(n):
     """project() works through the records in chunks; equal patches in any two of them must count as equal."""
     D, L, T, P = 8, 4, 3, 12
     g = torch.Generator().manual_seed(n)
-    z, p = torch.randn(n, D, L, generator=g) * 0.1, torch.randn(P, D, T, generator=g)
+    z = torch.randn(n, D, L, generator=g) * 0.1
     z[:, :, 0] += 5 * torch.randn(n, D, generator=g)  # nobody is near a prototype by chance
-    near = p + 0.4 * torch.randn(P, D, T, generator=g)
-    for j in range(P):
-        for record in (10 + j, n - 1 if j % 2 else n - 20 - j):
-            z[record, :, 1:4] = near[j]
-    z[n - 1, :, 1:4] = near[1]
-    p = p[1:2] + 0.3 * torch.randn(P, D, T, generator=g)  # many prototypes near the same planted patch
-    _, found = common.project(lambda c: z, lambda c: np.arange(n) + 100, p, torch.zeros(P, dtype=int))
-    same_found(found, brute_force(lambda c: z, lambda c: np.arange(n) + 100, p, torch.zeros(P, dtype=int)))
-    assert [f[0][0] for f in found].count(111) >= P // 2  # the planted tie really decides: record 11 before record n - 1
+    patch = torch.randn(D, T, generator=g)
+    z[11, :, 1:], z[n // 2, :, 1:], z[n - 1, :, 1:] = patch, patch, patch
+    p = patch + 0.4 * torch.randn(P, D, T, generator=g)  # many prototypes near the same planted patch
+    case = *one_class(z, np.arange(n) + 100), p, torch.zeros(P, dtype=int)
+    _, found = common.project(*case, runners=2)
+    same_found(found, brute_force(*case, runners=2))
+    assert [[f[0] for f in each] for each in found].count([111, 100 + n // 2, 99 + n]) > P // 2  # the tie does decide
 
 
 def test_unique_forbids_a_window_twice():
-    z, ids, p, p_class = planted(6, 4, 5, 3, (1, 1))
+    z, carries, ids, p, p_class = planted(8, 4, 5, 3, (1, 1))
     p, p_class = torch.cat([p[:1] + 0.01 * random(8, 4, 3, dtype=torch.float32), p[1:]]), torch.tensor([0] * 8 + [1])
-    free = common.project(z.__getitem__, ids.__getitem__, p, p_class)[1]
-    assert len({f[0][:2] for f in free[:8]}) < 8
-    only = common.project(z.__getitem__, ids.__getitem__, p, p_class, unique=True)[1]
+    case = z, carries, ids, p, p_class
+    assert len({f[0][:2] for f in common.project(*case)[1][:8]}) < 8
+    only = common.project(*case, unique=True)[1]
     assert len({f[0][:2] for f in only[:8]}) == 8
-    same_found(only, brute_force(z.__getitem__, ids.__getitem__, p, p_class, unique=True))
+    same_found(only, brute_force(*case, unique=True))
 
 
 def test_unique_with_fewer_windows_than_prototypes():
     z, p = random(2, 4, 1, dtype=torch.float32), random(5, 4, 1, seed=2, dtype=torch.float32)
-    _, found = common.project(lambda c: z, lambda c: np.array([3, 8]), p, torch.zeros(5, dtype=int), unique=True)
+    _, found = common.project(*one_class(z, [3, 8]), p, torch.zeros(5, dtype=int), unique=True)
     assert all(len(f) == 1 for f in found)
     assert {f[0][0] for f in found} == {3, 8}  # every window is used before any is used again
 
 
-def test_class_with_a_single_record_has_no_runners_up():
-    z, p = random(1, 4, 6, dtype=torch.float32), random(2, 4, 3, seed=2, dtype=torch.float32)
-    _, found = common.project(lambda c: z, lambda c: np.array([3]), p, torch.zeros(2, dtype=int), runners=3)
-    assert [len(f) for f in found] == [1, 1]
+def test_class_without_prototypes_and_class_with_one_record():
+    z, p = random(4, 4, 6, dtype=torch.float32), random(2, 4, 3, seed=2, dtype=torch.float32)
+    carries = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
+    carries[3, 2] = True
+    _, found = common.project(z, carries, np.array([3, 4, 5, 6]), p, torch.tensor([0, 2]), runners=3)
+    assert [f[0] for f in found[1]] == [6] and len(found[0]) == 3 and 3 not in [f[0] for f in found[0]]
 
 
 def test_projection_stage_does_not_depend_on_record_order(tiny_prep, tmp_path, monkeypatch, capsys):
     """03 on the same records in two orders, every signal of six records alike: the same sources, the lowest ecg_id of
-    each six, and prototypes equal to the bit."""
+    each six, and prototypes equal to the bit. (Or load_prep refuses arrays that are not in 01's order.)"""
     result = []
     for name, order in (("a", np.arange(60)), ("b", np.random.default_rng(5).permutation(60))):
-        prep = tiny_prep(name, order=order)
-        twins = np.empty((60, 12, 1000), np.float32)
-        twins[:] = np.load(tmp_path / name / "signals.npy")[np.argsort(order)[order % 10]]  # record k has the signal of k % 10
-        common.save_npy(tmp_path / name / "signals.npy", twins)
+        try:
+            prep = tiny_prep(name, order=order)
+        except SystemExit as e:
+            assert name == "b" and "ecg_ids" in e.code and MAKER in e.code
+            return
+        place = np.argsort(order)  # of record k
+        twins = np.array(prep.signals)[place[order % 10]]  # record k has the signal of record k % 10
+        prep = change_prep(tmp_path / name, signals=twins)
         write_joint(tmp_path / f"run-{name}", prep, "rhythm")
-        run_stage(monkeypatch, "03_project", "--prep", tmp_path / name, "--run", tmp_path / f"run-{name}", "--device", "cpu")
+        folders = ("--prep", tmp_path / name, "--run", tmp_path / f"run-{name}")
+        run_stage(monkeypatch, "03_project", *folders, "--device", "cpu")
         saved = torch.load(tmp_path / f"run-{name}/rhythm/projected.pt", weights_only=True)
         sources = json.loads((tmp_path / f"run-{name}/rhythm/prototypes.json").read_text())["prototypes"]
         result.append((saved["state"]["p"], sources))
@@ -572,8 +581,8 @@ def test_projection_stage_does_not_depend_on_record_order(tiny_prep, tmp_path, m
             for place in (q, *q["runners_up"]):
                 assert prep.folds[row[place["ecg_id"]]] <= 8
                 assert prep.labels[row[place["ecg_id"]], CODES.index(q["class"])] == 1
-            same = [e for e, i in row.items() if np.array_equal(twins[i], twins[row[q["ecg_id"]]]) and prep.folds[i] <= 8
-                    and prep.labels[i, CODES.index(q["class"])]]
+            same = [e for e, i in row.items() if np.array_equal(twins[i], twins[row[q["ecg_id"]]])
+                    and prep.folds[i] <= 8 and prep.labels[i, CODES.index(q["class"])]]
             assert len(same) > 1 and min(same) in {s["ecg_id"] for s in sources if s["class"] == q["class"]}
     assert torch.equal(result[0][0], result[1][0]) and result[0][1] == result[1][1]
 
@@ -613,7 +622,8 @@ def test_batched_results_belong_to_the_record_alone(tiny_prep, kind):
     prep = tiny_prep(n=40)
     torch.manual_seed(0)
     cfg = Config(width=8)
-    model = common.BlackBox(["SR", "AFIB"], cfg) if kind == "blackbox" else common.ProtoECGNet(kind, ["SR", "AFIB"], [2, 2], cfg)
+    codes = ["SR", "AFIB"]
+    model = common.BlackBox(codes, cfg) if kind == "blackbox" else common.ProtoECGNet(kind, codes, [2, 2], cfg)
     model.eval()
     f = lambda x: model(x)[0]
     rows = np.arange(40)
@@ -764,7 +774,7 @@ def test_damaged_and_foreign_files_give_one_sentence(tmp_path, monkeypatch, kind
 @pytest.mark.parametrize("kind", LOADERS)
 def test_truncated_files_give_one_sentence(tmp_path, kind):
     data, path = good_bytes(kind, tmp_path), tmp_path / "artifact"
-    for length in sorted({1, 5, 7, 20, 64, 127, 128, 129, len(data) // 2, len(data) - 30, len(data) - 4, len(data) - 2}):
+    for length in (1, 5, 7, 20, 64, 127, 128, 129, len(data) // 2, len(data) - 30, len(data) - 4, len(data) - 2):
         path.write_bytes(data[:length])
         with pytest.raises(SystemExit) as e:
             LOADERS[kind](path, MAKER)
@@ -776,7 +786,7 @@ def test_truncated_files_give_one_sentence(tmp_path, kind):
 @pytest.mark.parametrize("kind", LOADERS)
 def test_flipped_bytes_never_give_a_traceback(tmp_path, kind):
     data, path, rng = good_bytes(kind, tmp_path), tmp_path / "artifact", np.random.default_rng(0)
-    for _ in range(150):
+    for _ in range(60):
         damaged = bytearray(data)
         for at in rng.integers(0, min(len(data), 400), rng.integers(1, 4)):  # headers, mostly
             damaged[at] = rng.integers(256)
@@ -796,7 +806,7 @@ def test_pt_of_another_layout_gives_one_sentence(tmp_path, value):
     assert "joint.pt" in sentence(e) and "02_train_joint.py" in sentence(e)
 
 
-@pytest.mark.parametrize("value", [[], {}, 3, None, "x", {"format": 1}, {"format": 1, "shapes": {}}], ids=str)
+@pytest.mark.parametrize("value", [[], {}, 3, None, "x", {"format": 1}], ids=str)
 def test_preprocess_json_that_is_not_ours_gives_one_sentence(tiny_prep, tmp_path, value):
     tiny_prep()
     (tmp_path / "prep/preprocess.json").write_text(json.dumps(value))
@@ -810,10 +820,12 @@ def test_arrays_of_another_preprocessing_are_refused(tiny_prep, tmp_path, name):
     prep = tiny_prep()
     assert prep.signals.shape == (60, 12, 1000) and (prep.train.sum(), prep.val.sum(), prep.test.sum()) == (48, 6, 6)
     path = tmp_path / "prep" / f"{name}.npy"
-    common.save_npy(path, np.load(path)[:-1])
-    with pytest.raises(SystemExit) as e:
-        common.load_prep(tmp_path / "prep")
-    assert name in sentence(e) and MAKER in sentence(e)
+    good = np.load(path)
+    for other in [good[:-1], good[:, None]] + ([] if name == "signals" else [good[::-1]]):  # signals: 1 GB, not hashed
+        common.save_npy(path, other)
+        with pytest.raises(SystemExit) as e:
+            common.load_prep(tmp_path / "prep")
+        assert name in sentence(e) and MAKER in sentence(e)
     path.unlink()
     with pytest.raises(SystemExit) as e:
         common.load_prep(tmp_path / "prep")
@@ -873,10 +885,11 @@ def test_saved_model_is_built_again(tiny_prep, tmp_path, model):
     saved = torch.load(path, weights_only=True)
     assert not net.training and meta["classes"] == net.classes
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in saved["state"].items())
-    np.testing.assert_allclose(net.scaler.std.flatten(), prep.info["scaler"]["std"], rtol=1e-6)  # the scaler travels along
+    np.testing.assert_allclose(net.scaler.std.flatten(), prep.info["scaler"]["std"], rtol=1e-6)  # it travels along
 
 
-@pytest.mark.parametrize("change", ["state missing", "key missing", "other width", "unknown setting", "unknown model", "no kind"])
+@pytest.mark.parametrize("change", ["state missing", "key missing", "other width", "unknown setting", "unknown model",
+                                    "no latent_dim"])
 def test_checkpoint_of_another_architecture_gives_one_sentence(tiny_prep, tmp_path, change):
     path = write_joint(tmp_path, tiny_prep(), "rhythm")
     saved = torch.load(path, weights_only=True)
