@@ -125,7 +125,10 @@ def train(name, args, cfg, prep):
     x = x if device.type == "cpu" else x.to(device)
     y = torch.from_numpy(prep.labels[:, common.columns(classes)]).float().to(device)              # [N, C]
     train_rows, val_rows = (torch.from_numpy(np.flatnonzero(m)) for m in (prep.train, prep.val))
-    y_train = y[train_rows.to(device)]
+    y_train, y_val = y[train_rows.to(device)], y[val_rows.to(device)]
+    if not np.isfinite(common.auroc(y_val.cpu(), np.zeros(y_val.shape))).any():
+        sys.exit(f"fold 9 in {args.prep} has no {group} label both present and absent, so no epoch can be chosen: "
+                 "use more records")
     jaccard = torch.tensor(prep.info["jaccard"], device=device)[common.columns(classes)][:, common.columns(classes)]
     w = (len(y_train) - y_train.sum(0)) / y_train.sum(0) if cfg.class_weights else None           # w_c = (N - n) / n
     draw = record_weights(y_train.cpu()) if cfg.sampler == "weighted" else None
@@ -162,7 +165,7 @@ def train(name, args, cfg, prep):
         torch.set_rng_state(saved["random"].cpu())
         print(f"{name}: resumed after epoch {len(log)}")
     elif not black_box:  # the start counts as epoch 0, so that training can only be kept if it helps fold 9
-        best = validate(model, x[val_rows], y[val_rows.to(device)], exact)[0]
+        best = validate(model, x[val_rows], y_val, exact)[0]
         best_state = copy.deepcopy(model.state_dict())
         print(f"{name}: {len(model.p)} prototypes for {len(classes)} labels; at the start val {best:.4f}", flush=True)
 
@@ -209,7 +212,7 @@ def train(name, args, cfg, prep):
             model.p.data = common.project(z, carries, ids, model.p.data, model.p_class, unique=True)[0]
             if cfg.head == "refit":
                 refit_head(model, z, carries)
-        auroc, _ = validate(average, x[val_rows], y[val_rows.to(device)], exact)
+        auroc, _ = validate(average, x[val_rows], y_val, exact)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
         since = 0 if auroc > best else since + 1

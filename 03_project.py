@@ -69,7 +69,7 @@ def main():
         made = {**common.provenance(cfg, "03_project.py", joint=path, prep=prep.path), "unique": unique,
                 **{k: meta[k] for k in ("model", "round", "classes", "left_out", "per_class", "latent_dim")}}
         report = {"gap": gap, "distinct": len(sources), "records": len({q["ecg_id"] for q in prototypes}),
-                  "val_auroc_before": auroc["before"], "val_auroc_after": auroc["after"]}
+                  **{f"val_auroc_{when}": None if np.isnan(v) else v for when, v in auroc.items()}}
         common.save_pt(out, {"meta": made, "state": {k: v.cpu() for k, v in model.state_dict().items()}})
         common.save_json(out.with_name("prototypes.json"), {**made, **report, "kind": model.kind, "a": model.a,
                          "top_k": model.top_k, "projected": common.file_hash(out), "prototypes": prototypes})

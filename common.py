@@ -116,7 +116,7 @@ PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet"
                batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False,
                blackbox_ema=0.0, blackbox_epochs=200, blackbox_lr=1e-4, project_every=0, rounds=2, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
-DEMO = dict(width=16, epochs=6, blackbox_epochs=25, batch=32, start="blackbox-1d")  # what --demo changes
+DEMO = dict(width=16, epochs=6, blackbox_epochs=40, batch=32, start="blackbox-1d")  # what --demo changes
 
 
 def recipe(args):
@@ -208,11 +208,11 @@ def similarity(z, p, a=1.0):
 
     z [B, D, L], p [P, D, T], scale a -> S [B, P, L - T + 1], each a * cosine of the flattened D x T patches.
     """
-    z = z.float()
+    z = z.to(p.dtype)                                                                # autocast may have halved it
     unit_p = F.normalize(p.flatten(1), dim=1).view_as(p)                             # p / |p|
     squares = z.square().sum(1, keepdim=True)                                        # [B, 1, L]
     norm_z = (F.avg_pool1d(squares, p.shape[2], 1) * p.shape[2]).clamp_min(1e-12).sqrt()   # |z| of each window
-    return a * F.conv1d(z, unit_p).float() / norm_z                                  # Eq. (1)
+    return a * F.conv1d(z, unit_p).to(p.dtype) / norm_z                              # Eq. (1)
 
 
 def pool_over_time(h, how):
@@ -382,6 +382,7 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
 def training_set(model, prep, device):
     """What Stage 2 looks through, folds 1-8 in ascending ecg_id: z [N, D, L], carries [N, C] bool, ids [N]."""
     rows = np.flatnonzero(prep.train)
+    rows = rows[np.argsort(prep.ecg_ids[rows], kind="stable")]
     return (batched(model.eval().latent, prep, rows, device), prep.labels[rows][:, columns(model.classes)] > 0,
             prep.ecg_ids[rows])
 
@@ -508,19 +509,25 @@ def save_pt(path, value):
 
 
 def load_json(path, maker):
-    """JSON of `path`; exits naming `maker`, the command that writes it, when it is missing or damaged."""
+    """JSON object of `path`; exits naming `maker`, the command that writes it, when it is missing or damaged."""
     try:
-        return json.loads(_there(path, maker).read_text())
-    except ValueError:
+        value = json.loads(_there(path, maker).read_text())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
         sys.exit(f"{path} is damaged: run `python {maker}` again")
+    return value
 
 
 def load_npy(path, maker, mmap=False):
     """Array of `path` (never pickled; memory-mapped if `mmap`); exits naming `maker` when missing or damaged."""
     try:
-        return np.load(_there(path, maker), mmap_mode="c" if mmap else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        array = np.load(_there(path, maker), mmap_mode="c" if mmap else None, allow_pickle=False)
+    except Exception:  # numpy raises many kinds for a truncated or foreign file
+        array = None
+    if not isinstance(array, np.ndarray):
         sys.exit(f"{path} is damaged: run `python {maker}` again")
+    return array
 
 
 def load_pt(path, maker, device="cpu"):
@@ -529,7 +536,8 @@ def load_pt(path, maker, device="cpu"):
         value = torch.load(_there(path, maker), map_location=device, weights_only=True)
     except Exception:  # torch raises many kinds for a truncated or foreign file
         sys.exit(f"{path} is damaged or not a file of this project: run `python {maker}` again")
-    if not isinstance(value, dict) or value.get("meta", {}).get("format") != FORMAT:
+    meta = value.get("meta") if isinstance(value, dict) else None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         sys.exit(f"{path} has another layout than this version writes: run `python {maker}` again")
     return value
 
@@ -566,7 +574,7 @@ def provenance(cfg, stage, **inputs):
 
 def same_input(meta, name, path, artifact, maker, force=False):
     """Exit (or warn with --force) if `artifact`'s provenance `meta` was made from another `path` than is there now."""
-    if meta["inputs"].get(name) == file_hash(path):
+    if meta["inputs"].get(name) == file_hash(_there(path, maker)):
         return
     message = f"{artifact} was made from another {path}: run `python {maker}` again"
     if not force:
@@ -579,6 +587,8 @@ def load_prep(folder, maker="01_preprocess.py"):
     patient_ids [N], info (preprocess.json) and path, the file whose fingerprint stands for all of them."""
     folder = Path(folder)
     info = load_json(folder / "preprocess.json", maker)
+    if info.get("format") != FORMAT or not {"shapes", "sha256", "scaler", "jaccard", "sizes"} <= set(info):
+        sys.exit(f"{folder / 'preprocess.json'} is damaged or of another version: run `python {maker}` again")
     prep = SimpleNamespace(info=info, path=folder / "preprocess.json")
     for name in ("signals", "labels", "folds", "ecg_ids", "patient_ids"):
         array = load_npy(folder / f"{name}.npy", maker, mmap=name == "signals")
@@ -603,7 +613,8 @@ def columns(codes):
 
 def newest(folder, name, maker):
     """(round, path) of the highest round of name.pt, name_r2.pt, ... in a model's folder; exits if there is none."""
-    found = [(int(p.stem.rpartition("_r")[2]) if "_r" in p.stem else 1, p) for p in Path(folder).glob(f"{name}*.pt")]
+    pattern = re.compile(rf"{name}(?:_r(\d+))?\.pt")
+    found = [(int(m[1] or 1), p) for p in Path(folder).glob(f"{name}*.pt") if (m := pattern.fullmatch(p.name))]
     return max(found) if found else (1, _there(Path(folder) / f"{name}.pt", maker))
 
 

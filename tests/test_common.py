@@ -474,6 +474,18 @@ def same_found(found, want):
         np.testing.assert_allclose([f[2] for f in each], [f[2] for f in other], atol=1e-5)
 
 
+def project_by_class(z_of_class, ids_of_class, p, p_class, unique=False, runners=0):
+    """common.project() with latents and ecg_ids given class by class, as the tests below plant them."""
+    projected, found = p.clone(), [None] * len(p)
+    for c in p_class.unique().tolist():
+        own, z, ids = torch.where(p_class == c)[0], z_of_class(c), ids_of_class(c)
+        all_carry = np.ones((len(z), 1), bool)
+        projected[own], some = common.project(z, all_carry, ids, p[own], torch.zeros(len(own), dtype=int), unique, runners)
+        for j, f in zip(own.tolist(), some):
+            found[j] = f
+    return projected, found
+
+
 def planted(n, D, L, T, per_class, seed=0, copies=4):
     """(z, carries, ids, p, p_class): latents where `copies` windows hold each prototype exactly, so ties at cosine 1,
     some of them in records that do not carry the class."""
