@@ -18,6 +18,7 @@ Last line: `runs/prep: 21,799 records, 71 labels (train 17,418, validation 2,183
 """
 import ast
 import csv
+import multiprocessing
 import re
 import sys
 
@@ -30,7 +31,8 @@ import common
 from common import CODES, LEADS, RATE, SAMPLES, highpass
 
 COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr")
-CHUNK = 512  # records filtered at a time
+CHUNK = 512    # records filtered at a time
+PATIENCE = 120  # seconds without a record after which reading counts as stuck
 
 
 def read_table(path, needed):
@@ -40,7 +42,7 @@ def read_table(path, needed):
             rows = list(csv.DictReader(f, strict=True))
     except FileNotFoundError:
         sys.exit(f"{path} is missing: run `python 00_download.py` first, or name the folder of the records with --data")
-    except (UnicodeDecodeError, csv.Error) as e:
+    except (UnicodeDecodeError, csv.Error, OSError) as e:
         sys.exit(f"{path} is not a readable csv file ({e}): fetch it again with `python 00_download.py`")
     missing = [c for c in needed if not rows or c not in rows[0]]
     if missing:
@@ -62,9 +64,10 @@ def read_metadata(data):
     for line, row in enumerate(read_table(path, COLUMNS), start=2):
         where = f"{path}, line {line}"
         try:
-            ecg_id, patient, fold = (int(float(row[c])) for c in ("ecg_id", "patient_id", "strat_fold"))
-        except (TypeError, ValueError, OverflowError):
-            sys.exit(f"{where}: ecg_id, patient_id and strat_fold must be numbers; correct or remove the line")
+            ecg_id, patient, fold = (int(re.fullmatch(r"(\d{1,9})(\.0)?", row[c], re.ASCII)[1])
+                                     for c in ("ecg_id", "patient_id", "strat_fold"))
+        except TypeError:
+            sys.exit(f"{where}: ecg_id, patient_id and strat_fold must be whole numbers; correct or remove the line")
         try:
             codes = ast.literal_eval(row["scp_codes"])
             unknown = [c for c in codes.keys() if c not in CODES]
@@ -79,8 +82,9 @@ def read_metadata(data):
         if fold_of.setdefault(patient, fold) != fold:
             sys.exit(f"{where}: patient {patient} is in folds {fold_of[patient]} and {fold}; correct strat_fold")
         # the name becomes a path, so nothing but PTB-XL's own pattern is let through
-        if not re.fullmatch(r"records100/\d{5}/\d{5}_lr", row["filename_lr"] or ""):
-            sys.exit(f"{where}: filename_lr must look like records100/00000/00001_lr; correct or remove the line")
+        if row["filename_lr"] != f"records100/{ecg_id // 1000 * 1000:05d}/{ecg_id:05d}_lr":
+            sys.exit(f"{where}: filename_lr of ecg_id {ecg_id} must be records100/{ecg_id // 1000 * 1000:05d}/"
+                     f"{ecg_id:05d}_lr; correct or remove the line")
         seen.add(ecg_id)
         records.append(dict(ecg_id=ecg_id, patient_id=patient, fold=fold, codes=list(codes),
                             name=str(data / row["filename_lr"])))
@@ -90,6 +94,10 @@ def read_metadata(data):
 def read_record(name):
     """One WFDB record -> (int16 microvolt [12, 1000], "") or (None, the reason why it cannot be used)."""
     try:
+        with open(name + ".hea", encoding="ascii", errors="replace") as f:
+            first = (f.readline(200).split() + ["", ""])[1]
+        if first != str(len(LEADS)):  # wfdb would make room for as many leads as the header says
+            return None, f"the header announces {first[:20]!r} leads, not {len(LEADS)}"
         r = wfdb.rdrecord(name, physical=False, return_res=16)
     except FileNotFoundError:
         return None, "the file is missing"
@@ -115,12 +123,25 @@ def read_record(name):
     return digital, ""
 
 
+def read_records(names):
+    """read_record of each name: one task of a reading process."""
+    return [read_record(name) for name in names]
+
+
 def jaccard(labels):
     """labels [N, C] of 0/1 -> [C, C]: records with both labels over records with either; 1 on the diagonal (Eq. 7)."""
     y = labels.astype(np.float64)
     both = y.T @ y
     either = y.sum(0)[:, None] + y.sum(0)[None] - both
     return np.where(np.eye(len(both), dtype=bool), 1.0, both / np.maximum(either, 1))
+
+
+def part_sizes(folds):
+    """{"train": records in folds 1-8, "validation": in 9, "test": in 10}; exits if one is empty. folds [N]."""
+    sizes = {"train": int((folds <= 8).sum()), "validation": int((folds == 9).sum()), "test": int((folds == 10).sum())}
+    if not all(sizes.values()):
+        sys.exit(f"the {len(folds)} records leave a part empty ({sizes}): use more records")
+    return sizes
 
 
 def main():
@@ -134,28 +155,41 @@ def main():
         if not 1 <= args.records <= len(records):
             sys.exit(f"--records must be between 1 and {len(records):,}, the number of records in {args.data}")
         records = records[:args.records]
+    part_sizes(np.array([r["fold"] for r in records]))  # before the old arrays are given up
 
     # Read and filter in chunks, straight into the file: memory stays small however many records there are
     N, kept, skipped, flat, saturated = len(records), [], [], [], []
     scaler = StandardScaler()
     args.prep.mkdir(parents=True, exist_ok=True)
+    for leftover in args.prep.glob(".signals.npy.*.tmp"):  # 1 GB of a run that was killed
+        leftover.unlink(missing_ok=True)
     (args.prep / "preprocess.json").unlink(missing_ok=True)  # from here on the old arrays are no longer one set
-    with common.replacing(args.prep / "signals.npy") as temporary, common.process_pool(args) as pool, \
+    with common.replacing(args.prep / "signals.npy") as temporary, open(temporary, "wb") as f, \
+            common.process_pool(args) as pool, \
             tqdm(total=N, unit=" records", desc="reading", mininterval=0.5, disable=None) as bar:
-        signals = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(N, len(LEADS), SAMPLES))
+        # plainly written, not memory-mapped: on a full disk a map ends in a bus error
+        header = {"descr": "<f4", "fortran_order": False, "shape": (N, len(LEADS), SAMPLES)}
+        np.lib.format.write_array_header_1_0(f, header)
         chunk = []
 
         def flush():
             if chunk:
                 x = highpass(np.stack(chunk) / 1000.0)                                       # int16 uV -> mV
-                signals[len(kept) - len(chunk):len(kept)] = x
+                f.write(x.astype("<f4").tobytes())
                 train = [r["fold"] <= 8 for r in kept[-len(chunk):]]
                 if any(train):
                     scaler.partial_fit(x[train].transpose(0, 2, 1).reshape(-1, len(LEADS)))  # [records * 1000, 12]
                 chunk.clear()
 
-        read = pool.imap(read_record, [r["name"] for r in records], chunksize=64)
-        for record, (digital, reason) in zip(records, read):
+        results = pool.imap(read_records, [[r["name"] for r in records[i:i + 64]] for i in range(0, N, 64)])
+        for i, record in enumerate(records):
+            if i % 64 == 0:
+                try:
+                    part = results.next(timeout=PATIENCE)
+                except multiprocessing.TimeoutError:
+                    sys.exit(f"{record['name']}: nothing came back in {PATIENCE} s (a stuck disk, or a process "
+                             "was killed); run the same command again")
+            digital, reason = part[i % 64]
             bar.update()
             if digital is None:
                 if not args.skip_bad:
@@ -172,12 +206,8 @@ def main():
             if len(chunk) == CHUNK:
                 flush()
         flush()
-        signals.flush()
-        if len(kept) < N:  # shorten the file to the records that were readable
-            full = np.load(temporary, mmap_mode="r")
-            with open(temporary.with_suffix(".short"), "wb") as f:
-                np.save(f, full[:len(kept)])
-            temporary.with_suffix(".short").replace(temporary)
+        f.seek(0)  # the header again, with the number of readable records; numpy gives it the same length
+        np.lib.format.write_array_header_1_0(f, {**header, "shape": (len(kept), len(LEADS), SAMPLES)})
         if not kept:
             sys.exit(f"{args.data} has no readable record: check the folder with `python 00_download.py --check`")
 
@@ -186,9 +216,7 @@ def main():
     for name, array in arrays.items():
         common.save_npy(args.prep / f"{name}.npy", array)
     folds, labels = arrays["folds"], arrays["labels"]
-    sizes = {"train": int((folds <= 8).sum()), "validation": int((folds == 9).sum()), "test": int((folds == 10).sum())}
-    if not all(sizes.values()):
-        sys.exit(f"the {len(kept)} records leave a part empty ({sizes}): use more records")
+    sizes = part_sizes(folds)
     positives = labels[folds <= 8].sum(0)
     common.save_json(args.prep / "preprocess.json", {
         "format": common.FORMAT, "records": len(kept), "sizes": sizes, "codes": CODES, "descriptions": described,

@@ -95,6 +95,9 @@ def refit_head(model, z, y):
     W, b = np.zeros((len(model.classes), s.shape[1])), np.zeros(len(model.classes))
     for c in range(len(model.classes)):
         own = (model.p_class == c).cpu().numpy()
+        if y[:, c].all():  # every training record has the label: nothing to solve
+            b[c] = 10
+            continue
         solved = LogisticRegression(C=1e3 / len(y), max_iter=300).fit((s[:, own] - mean[own]) / std[own], y[:, c])
         W[c, own] = solved.coef_[0] / std[own]
         b[c] = solved.intercept_[0] - W[c] @ mean

@@ -134,7 +134,7 @@ def fit_path(X, Y, off, X_val, y_val, what):
     path, fits = [], []
     for strength in tqdm(STRENGTHS, desc=f"{what}: L1 strengths", leave=False, disable=None):
         W, b, violation = fit(X, Y, off, strength, W, b)
-        if fits and (W[off] != 0).mean() > MOST_OFF:
+        if fits and off.any() and (W[off] != 0).mean() > MOST_OFF:
             break
         auroc = common.macro_auroc(y_val, X_val @ W.T + b)
         path.append({"strength": strength, "val_auroc": known(auroc), "nonzero": int((W != 0).sum()),

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -459,7 +460,8 @@ def parse(p, argv=None):
 def process_pool(args):
     """A pool of as many processes as --threads allows; children inherit what the stage has loaded."""
     workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
-    return multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork").Pool(workers)
+    return multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork").Pool(
+        workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the stage's to answer
 
 
 def run(main):

@@ -42,7 +42,9 @@ def fake_prep(folder, sizes=(60, 150, 170), seed=0):
     for name, array in arrays.items():
         common.save_npy(folder / f"{name}.npy", array)
     common.save_json(folder / "preprocess.json", {
+        "format": common.FORMAT, "scaler": {}, "jaccard": [],
         "sizes": dict(zip(("train", "validation", "test"), sizes)), "seed": seed, "without_training_record": [NO_TRAIN],
+        "sha256": {name: common.file_hash(folder / f"{name}.npy") for name in arrays},
         "shapes": {name: list(array.shape) for name, array in arrays.items()}})
     return common.load_prep(folder)
 
@@ -72,14 +74,14 @@ def fake_run(run, prep, names=EVERY, seed=42, contrastive=True, width=64):
             for b, m in zip(BRANCHES, members):
                 cols = columns([c for c in GROUPS[b] if c != NO_TRAIN])
                 logits[name][:, cols] = logits[m][:, cols]
-            inputs = {"joint.pt": "collides"} if name == "blackbox-macro" else {}  # as 04 writes it
+            inputs = {}
         else:
             y = prep.labels[later][:, columns(classes)]
             logits[name][:, columns(classes)] = (1.5 * y + rng.normal(size=y.shape)).round(1)  # with ties
             parts = BRANCHES if base not in MODELS else [base]
             inputs = {f"{m}/projected.pt": common.file_hash(run / m / "projected.pt") for m in parts}
             if base.startswith("blackbox"):
-                inputs = {"joint.pt": common.file_hash(run / name / "joint.pt")}
+                inputs = {f"{name}/joint.pt": common.file_hash(run / name / "joint.pt")}
         common.save_npy(run / f"logits_{name}.npy", logits[name])
         saved["models"][name] = {"about": name, "classes": classes, "inputs": inputs}
         if not base.startswith(("blackbox", "macro")) and not name.endswith(("-joint", "-projected")):
