@@ -303,7 +303,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     flat = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                         # [N L, 71]
     centre = flat.mean(0)
     variance, Q = torch.linalg.eigh(torch.cov(flat.T))
-    Z = Q @ torch.diag((variance + 0.1 * variance.mean()).rsqrt()) @ Q.T              # ZCA with a floor
+    Z = Q @ torch.diag((variance + variance.mean()).rsqrt()) @ Q.T              # ZCA, damped
     z = torch.einsum("ed,ndl->nel", Z.float(), u - centre.float()[:, None])           # [N, D, L]
     Z, centre = Z.to(V), centre.to(V)
     model.add_on.weight.data = (Z @ V)[:, :, None].clone()

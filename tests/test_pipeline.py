@@ -1,0 +1,96 @@
+"""The seven scripts together, as a user runs them: every --help, and from records to pictures on a small data set."""
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import PTBXL, ROOT, needs_ptbxl
+
+import common
+
+STAGES = sorted(p.name for p in ROOT.glob("0?_*.py"))
+
+
+def python(script, *flags):
+    """Run a stage as its user does; returns its standard output, and fails the test with its standard error."""
+    done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{script}: {done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_layout():
+    assert STAGES == ["00_download.py", "01_preprocess.py", "02_train_joint.py", "03_project.py", "04_fusion.py",
+                      "05_evaluate.py", "06_plot_prototypes.py"]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    top = {f for f in tracked if "/" not in f}
+    assert top <= {*STAGES, "common.py", "README.md", "requirements.txt", ".gitignore", "LICENSE"}
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_is_the_docstring_and_names_every_flag(script):
+    text = python(script, "--help")
+    first = (ROOT / script).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+    assert first in text
+    for flag in ("--data", "--prep", "--run", "--recipe", "--model", "--demo", "--seed", "--device", "--threads"):
+        assert flag in text
+    assert re.search(r"(?m)^reads ", text) and re.search(r"(?m)^writes ", text) and "Last line:" in text
+
+
+def test_from_records_to_pictures(tmp_path):
+    """00 to 06 on 120 synthetic records with a tiny network: every artifact is there and they agree."""
+    flags = ["--data", tmp_path / "data", "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu",
+             "--threads", 1]
+    python("00_download.py", *flags, "--synthetic", 120)
+    last = {s: python(s, *flags, *more).strip().splitlines()[-1] for s, more in (
+        ("01_preprocess.py", []),
+        ("02_train_joint.py", ["--width", 8, "--batch", 32, "--epochs", 1, "--blackbox-epochs", 2]),
+        ("03_project.py", []), ("04_fusion.py", []), ("05_evaluate.py", []))}
+    run, prep = tmp_path / "run", common.load_prep(tmp_path / "prep")
+    assert "120 records" in last["01_preprocess.py"] and all(str(tmp_path) in line for line in last.values())
+    ids, count = set(prep.ecg_ids[prep.train].tolist()), 0
+    for model in common.BRANCHES:
+        found = json.loads((run / model / "prototypes.json").read_text())
+        net, _ = common.load_model(run / model / "projected.pt", "")
+        z, carries, z_ids = common.training_set(net, prep, net.p.device)
+        for q in found["prototypes"]:  # from folds 1-8, of its own class, and exactly the patch that it names
+            assert q["ecg_id"] in ids and q["class"] in q["labels"]
+            row = int(np.flatnonzero(z_ids == q["ecg_id"])[0])
+            patch = z[row, :, q["window"]:q["window"] + net.p.shape[2]]
+            assert (patch - net.p[q["index"]].detach()).abs().max() < 1e-5
+        count += len(found["prototypes"])
+    predictions = json.loads((run / "predictions.json").read_text())["models"]
+    assert {"fusion", "fusion-own", "macro", "rhythm", "morphology", "global", "blackbox-1d"} <= set(predictions)
+    for name in predictions:
+        logits, probabilities = (np.load(run / f"{k}_{name}.npy") for k in ("logits", "probabilities"))
+        assert logits.shape == probabilities.shape == ((prep.val | prep.test).sum(), 71)
+        assert np.array_equal(np.isnan(logits), np.isnan(probabilities))
+    assert (run / "results.md").is_file() and (run / "figures" / "per_class_auroc.png").is_file()
+
+    # A second evaluation writes the same bytes; a changed data set is refused with the stage to run
+    before = (run / "results.md").read_bytes()
+    python("05_evaluate.py", *flags)
+    assert (run / "results.md").read_bytes() == before
+    python("06_plot_prototypes.py", *flags, "--model", "global")
+    assert len(list((run / "figures" / "global").glob("*.png"))) == len(
+        json.loads((run / "global" / "prototypes.json").read_text())["prototypes"])
+    python("01_preprocess.py", *flags, "--records", 118)
+    for script in STAGES[3:6]:
+        done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and re.search(r"run `python 0\d_\w+\.py", done.stderr), (script, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+@needs_ptbxl
+def test_real_records_through_the_stages(tmp_path):
+    """The rhythm branch on the first 1,500 real records, trained on for a moment, is far better than chance."""
+    flags = ["--data", PTBXL, "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu"]
+    python("01_preprocess.py", *flags, "--records", 1500)
+    python("02_train_joint.py", *flags, "--model", "rhythm", "--width", 16, "--batch", 32, "--blackbox-epochs", 12,
+           "--epochs", 1)
+    for script in STAGES[3:6]:
+        python(script, *flags)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["predictions"]["rhythm"]["auroc"][0] > 0.7
