@@ -139,7 +139,7 @@ def train(name, args, cfg, prep):
     # Model and where it starts from
     meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": name, "round": args.round,
             "classes": classes, "left_out": left_out, "device": str(device)}
-    model = start(name, args, cfg, prep, classes, meta).to(device)
+    model = start(name, args, cfg, prep, meta).to(device)
     ema = cfg.blackbox_ema if black_box else 0
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
     if cfg.head != "free" and not black_box:
@@ -244,9 +244,9 @@ def train(name, args, cfg, prep):
     return best
 
 
-def start(name, args, cfg, prep, classes, meta):
+def start(name, args, cfg, prep, meta):
     """The model that training starts from; adds to `meta` what is needed to build it again (per_class, latent_dim)."""
-    kind, group = MODELS[name]
+    kind = MODELS[name][0]
     scaler = common.Scaler(**prep.info["scaler"]) if cfg.scale_input else common.Scaler()
     two_d = kind in ("partial", "global") or name in ("blackbox-2d", "blackbox-morphology", "blackbox-global")
 
@@ -263,13 +263,15 @@ def start(name, args, cfg, prep, classes, meta):
         model = common.build(meta, scaler)
     else:  # no more prototypes than the class has windows
         windows = 30 if kind == "partial" else 1
-        count = prep.labels[prep.train][:, common.columns(classes)].sum(0)
+        count = prep.labels[prep.train][:, common.columns(meta["classes"])].sum(0)
         most = cfg.per_class[list(common.WINDOW).index(kind)]
         meta.update(per_class=[min(most, windows * int(n)) for n in count], latent_dim=None)
         if cfg.start.startswith("blackbox"):
             return start_from_black_box(name, args, cfg, prep, meta, scaler)
         model = common.build(meta, scaler)
-    if two_d and cfg.start != "random" and cfg.width == 64:
+    if two_d and cfg.start != "random" and cfg.width != 64:
+        print(f"{name}: starts at random, because ImageNet weights fit width 64 only")
+    elif two_d and cfg.start != "random":
         if not args.imagenet.is_file():
             sys.exit(f"{args.imagenet} is missing: run `python 00_download.py --imagenet` first, or use --start random")
         model.backbone.load_imagenet(torch.load(args.imagenet, map_location="cpu", weights_only=True))
@@ -303,12 +305,14 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     flat = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                         # [N L, 71]
     centre = flat.mean(0)
     variance, Q = torch.linalg.eigh(torch.cov(flat.T))
-    Z = Q @ torch.diag((variance + variance.mean()).rsqrt()) @ Q.T              # ZCA, damped
+    Z = Q @ torch.diag((variance + variance.mean()).rsqrt()) @ Q.T                    # ZCA, damped
     z = torch.einsum("ed,ndl->nel", Z.float(), u - centre.float()[:, None])           # [N, D, L]
     Z, centre = Z.to(V), centre.to(V)
     model.add_on.weight.data = (Z @ V)[:, :, None].clone()
     model.add_on.bias.data = -(Z @ centre)
 
+    if cfg.prototypes == "random":
+        return model
     T, p = common.WINDOW[kind], []
     for c, k in enumerate(meta["per_class"]):
         members = np.flatnonzero(carries[:, c])
