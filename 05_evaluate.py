@@ -11,11 +11,13 @@ writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for 
     python 05_evaluate.py --against runs/plain   also paired differences to another run, such as one without contrastive
                                                  loss, which then fills that column of the paper's tables
     python 05_evaluate.py --save NAME            also keep the numbers as tests/results/NAME.json
+    python 05_evaluate.py --ratings A.json B.json       the paper's Table 3 from files that 06's review page exported
     python 05_evaluate.py --readme               only write the README's tables from tests/results/*.json
 
 Takes 10 to 20 s on 2 CPU cores; no GPU needed.
 Last line: `runs/default: fusion .9321 [.9250, .9390] over 71 classes -> runs/default/results.md`, with your numbers.
 """
+import itertools
 import re
 import sys
 import warnings
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import average_precision_score, roc_curve
+from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_curve
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -286,6 +288,54 @@ def readme():
     print(f"{path.name}: tables of {len(runs)} runs")
 
 
+def read_ratings(path):
+    """(reviewer, {prototype: its rating}) of a file that 06's review page exported; exits if it is none."""
+    value, scale = common.load_json(path, "06_plot_prototypes.py --review"), (1, 2, 3, 4, 5, None)
+    try:
+        if value["kind"] != "protoecgnet-ratings" or value["format"] != 1 or not str(value["reviewer"]).strip():
+            raise ValueError
+        for r in value["ratings"].values():
+            if not {r["representativeness"], r["clarity"]} <= set(scale) or not isinstance(r["mark"], str | None):
+                raise ValueError
+        return str(value["reviewer"]), value["ratings"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sys.exit(f"{path} does not hold ratings exported from the review page (06_plot_prototypes.py --review)")
+
+
+def ratings_table(files):
+    """Table 3 (paper 4.4): mean and 95 % interval (normal) per reviewer and criterion, without prototypes that any
+    reviewer marked as a label error, and quadratically weighted kappa between each two reviewers."""
+    reviewers = dict(read_ratings(f) for f in files)
+    if len(reviewers) < len(files):
+        sys.exit("two of the files are of the same reviewer: export each under a name of its own")
+    wrong = {j for each in reviewers.values() for j, r in each.items() if r["mark"] == "label-error"}
+
+    def score(reviewer, criterion):
+        return {j: r[criterion] for j, r in reviewers[reviewer].items() if j not in wrong and r[criterion]}
+
+    rows = []
+    for reviewer in reviewers:
+        row = [reviewer]
+        for criterion in ("representativeness", "clarity"):
+            v = np.array([*score(reviewer, criterion).values()], float)
+            half = 1.96 * v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else np.nan
+            row.append(f"{v.mean():.2f} [{v.mean() - half:.2f}, {v.mean() + half:.2f}] of {len(v)}" if len(v) else "–")
+        rows.append(row)
+    rows += [["paper: cardiologist", "4.29 [4.22, 4.35]", "4.48 [4.42, 4.54]"],
+             ["paper: internist", "3.59 [3.52, 3.66]", "4.73 [4.69, 4.77]"]]
+    for a, b in itertools.combinations(reviewers, 2):
+        row = [f"weighted kappa, {a} and {b}"]
+        for criterion in ("representativeness", "clarity"):
+            x, y = score(a, criterion), score(b, criterion)
+            both = sorted(x.keys() & y.keys())
+            kappa = cohen_kappa_score([x[j] for j in both], [y[j] for j in both], labels=[1, 2, 3, 4, 5],
+                                      weights="quadratic") if both else np.nan
+            row.append(f"{kappa:.2f} of {len(both)}" if np.isfinite(kappa) else "–")
+        rows.append(row)
+    print(table(["1-5, mean [95 %]", "representativeness", "clarity"], rows))
+    print(f"{len(wrong)} prototypes left out, which a reviewer marked as label errors")
+
+
 # Figures, in colours of Okabe and Ito that the colour-blind can tell apart
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
@@ -339,9 +389,12 @@ def main():
     p.add_argument("--against", type=Path, metavar="RUN2", help="another run on the same arrays to compare with")
     p.add_argument("--save", metavar="NAME", help="keep the numbers as tests/results/NAME.json")
     p.add_argument("--readme", action="store_true", help="only write the README's tables from tests/results/*.json")
+    p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="Table 3 from exported review files")
     args = common.parse(p)
     if args.readme:
         return readme()
+    if args.ratings:
+        return ratings_table(args.ratings)
     prep = common.load_prep(args.prep)
     models, joint, stale = load_run(args.run, prep, args.force)
     for name in set(args.model or []) - set(models):

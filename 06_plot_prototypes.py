@@ -19,7 +19,7 @@ training folds. So the bias is the logit of the average training record, and bia
 
 The review page exports {"format": 1, "kind": "protoecgnet-ratings", "reviewer": str, "run": str, "ratings":
 {"MODEL/INDEX": {"class": str, "representativeness": 1-5 or null, "clarity": 1-5 or null,
-"mark": "best", "bad", "label-error" or null, "comment": str}}}, for `05_evaluate.py --ratings`.
+"mark": "best", "bad", "label-error" or null, "comment": str}}}, for `05_evaluate.py --ratings A.json B.json` (Table 3).
 
 Takes one to two minutes for 1,037 prototypes on 2 CPU cores (75 MB), and about a second for each page of a case.
 Last line: `runs/default: 1,037 prototypes -> runs/default/figures/gallery.html`.

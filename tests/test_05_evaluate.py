@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_auc_score
 
 import common
 from common import BRANCHES, CODES, GROUPS, MODELS, columns
@@ -479,3 +479,34 @@ def test_a_model_that_was_not_predicted_is_asked_for(monkeypatch, small):
     with pytest.raises(SystemExit) as error:
         evaluate(monkeypatch, run, prep, "--model", "global")
     assert "04_fusion.py --model global" in sentence(error)
+
+
+def ratings_file(path, reviewer, ratings):
+    each = {j: {"class": "SR", "representativeness": a, "clarity": b, "mark": mark, "comment": ""}
+            for j, (a, b, mark) in ratings.items()}
+    path.write_text(json.dumps({"format": 1, "kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
+                                "ratings": each}))
+    return path
+
+
+def test_ratings_give_table_3_without_label_errors(tmp_path, capsys):
+    a = ratings_file(tmp_path / "a.json", "Ada", {"rhythm/0": (5, 4, None), "rhythm/1": (3, 4, "best"),
+                                                  "rhythm/2": (1, 1, None), "rhythm/3": (None, 2, None)})
+    b = ratings_file(tmp_path / "b.json", "Ben", {"rhythm/0": (4, 4, None), "rhythm/1": (3, 5, None),
+                                                  "rhythm/2": (1, 1, "label-error")})
+    ev.ratings_table([a, b])
+    out = capsys.readouterr().out
+    assert "4.00 [2.04, 5.96] of 2" in out                         # Ada: 5 and 3; rhythm/2 is out for both
+    assert "3.33 [2.03, 4.64] of 3" in out                         # Ada's clarity: 4, 4, 2
+    assert "3.50 [2.52, 4.48] of 2" in out and "1 prototypes left out" in out
+    kappa = cohen_kappa_score([5, 3], [4, 3], labels=[1, 2, 3, 4, 5], weights="quadratic")
+    assert f"{kappa:.2f} of 2" in out
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"kind": "protoecgnet-ratings", "format": 1, "reviewer": "x", '
+                                  '"ratings": {"rhythm/0": {"representativeness": 6, "clarity": 1, "mark": null}}}'])
+def test_ratings_that_are_not_ours_give_one_sentence(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        ev.ratings_table([tmp_path / "a.json"])
+    assert "a.json" in str(e.value.code) and "review" in str(e.value.code)
