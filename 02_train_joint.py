@@ -124,6 +124,8 @@ def train(name, args, cfg, prep):
     classes, left_out = common.learnable(prep, GROUPS[group])
     if not classes:
         sys.exit(f"none of the {len(left_out)} {group} labels has a training record in {args.prep}")
+    if left_out:
+        print(f"{name}: left out, without a training record: {' '.join(left_out)}", flush=True)
     x = torch.from_numpy(prep.signals)
     x = x if device.type == "cpu" else x.to(device)
     y = torch.from_numpy(prep.labels[:, common.columns(classes)]).float().to(device)              # [N, C]

@@ -654,6 +654,8 @@ def load_model(path, maker, device="cpu"):
         model.load_state_dict(saved["state"])
     except (KeyError, RuntimeError, TypeError, ValueError):
         sys.exit(f"{path} holds another architecture than this version builds: run `python {maker}` again")
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        sys.exit(f"{path} holds weights that are not numbers: run `python {maker}` again")
     return model.to(device).eval(), saved["meta"]
 
 
@@ -669,4 +671,6 @@ def batched(f, prep, rows, device, batch=256):
         x = torch.zeros(batch, len(LEADS), SAMPLES)
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
+        if not out[-1].isfinite().all():  # the weights are finite, see load_model
+            sys.exit(f"{prep.path.parent}/signals.npy holds values that are not numbers: run `python 01_preprocess.py`")
     return torch.cat(out)

@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import PTBXL, ROOT, needs_ptbxl
+import torch
+from conftest import PTBXL, ROOT, needs_ptbxl, run_stage, sentence
 
 import common
 
@@ -94,3 +95,49 @@ def test_real_records_through_the_stages(tmp_path):
         python(script, *flags)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["predictions"]["rhythm"]["auroc"][0] > 0.7
+
+
+@pytest.fixture
+def small_run(tiny_prep, tmp_path, monkeypatch):
+    """A PREP and a run of the rhythm branch through 04, with a tiny network; returns run(script, *flags)."""
+    tiny_prep()
+
+    def run(script, *flags):
+        run_stage(monkeypatch, script, "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu", *flags)
+
+    run("02_train_joint", "--model", "rhythm", "--width", 8, "--batch", 16, "--epochs", 0, "--blackbox-epochs", 1)
+    run("03_project")
+    run("04_fusion")
+    return run
+
+
+def spoil(path, how):
+    """Damage an artifact: gone, cut in half, of another kind, or its numbers replaced by NaN."""
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    elif how == "foreign":
+        path.write_bytes(b"not an artifact of this project")
+    elif path.suffix == ".pt":
+        saved = torch.load(path, weights_only=True)
+        saved["state"]["p"] *= torch.nan
+        torch.save(saved, path)
+    else:
+        np.save(path, np.load(path) * np.float32(np.nan))
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "foreign", "NaN"])
+@pytest.mark.parametrize("script, file", [
+    ("02_train_joint", "prep/signals.npy"), ("03_project", "prep/signals.npy"), ("03_project", "run/rhythm/joint.pt"),
+    ("04_fusion", "prep/signals.npy"), ("04_fusion", "run/rhythm/projected.pt"), ("05_evaluate", "run/logits_rhythm.npy"),
+    ("06_plot_prototypes", "run/rhythm/projected.pt")])
+def test_spoiled_input_gives_one_sentence(small_run, tmp_path, script, file, how):
+    path = tmp_path / file
+    spoil(path, how)
+    flags = {"02_train_joint": ["--model", "blackbox-1d", "--width", 8, "--blackbox-epochs", 1],
+             "06_plot_prototypes": ["--case", 10, "--force"]}.get(script, [])
+    with pytest.raises(SystemExit) as e:
+        small_run(script, *flags)
+    message = sentence(e)
+    assert re.search(r"`?python 0\d_\w+\.py|lower --lr|02_train_joint", message), message
