@@ -4,7 +4,8 @@ Keeps the epoch with the best macro-AUROC on fold 9 and stops early when it no l
 starts each branch from a black box on all 71 labels (trained here first if the run has none) and its prototypes from
 real training windows; `--recipe paper` starts as the authors do. Fold 10 is never touched.
 
-reads   PREP/*.npy, preprocess.json; RUN/MODEL/projected.pt for --round 2
+reads   PREP/*.npy, preprocess.json; what a model starts from: RUN/blackbox-1d/joint.pt, ImageNet weights, or for
+        --round 2 RUN/MODEL/projected.pt
 writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log.jsonl with a line per epoch,
         last.pt to resume from
 
@@ -27,7 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.optim import lr_scheduler
 
 import common
-from common import GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
+from common import CHOICES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
 
 SCHEDULERS = {  # optimizer, learning rate, steps in all, steps of an epoch -> a torch scheduler, stepped every step
     "constant": lambda o, lr, steps, epoch: lr_scheduler.ConstantLR(o, 1.0),
@@ -65,6 +66,13 @@ def boolean(text):
     if text.lower() not in ("yes", "no", "true", "false", "1", "0"):
         raise ValueError
     return text.lower() in ("yes", "true", "1")
+
+
+def whole(text):
+    """Command-line whole number, not negative."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def bfloat16_is_fast(device):
@@ -112,10 +120,12 @@ def train(name, args, cfg, prep):
     folder, device = args.run / name, args.device
     suffix = "" if args.round == 1 else f"_r{args.round}"
     out, last = folder / f"joint{suffix}.pt", folder / f"last{suffix}.pt"
-    if args.resume and out.is_file():
-        done = common.load_pt(out, "02_train_joint.py")["meta"]
-        if common.config_of(done) == cfg and done["inputs"]["prep"] == common.file_hash(prep.path):
-            print(f"{name}: {out} is finished, kept")
+    if out.is_file():
+        done = common.load_pt(out, "02_train_joint.py --force")["meta"] if not args.force else None
+        if done and common.config_of(done) != cfg:
+            sys.exit(f"{out} is of another setting: name another folder with --run, or replace it with --force")
+        if args.resume and done and done["inputs"] == {**done["inputs"], **sources(name, args, cfg, prep)}:
+            print(f"{name}: {out} is finished, kept", flush=True)
             return done["val_auroc"]
     epochs, lr = (cfg.blackbox_epochs, cfg.blackbox_lr) if black_box else (cfg.epochs, cfg.lr)
     torch.manual_seed(cfg.seed)
@@ -141,6 +151,7 @@ def train(name, args, cfg, prep):
     # Model and where it starts from
     meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": name, "round": args.round,
             "classes": classes, "left_out": left_out, "device": str(device)}
+    meta["inputs"].update(sources(name, args, cfg, prep))
     model = start(name, args, cfg, prep, meta).to(device)
     ema = cfg.blackbox_ema if black_box else 0
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
@@ -168,6 +179,8 @@ def train(name, args, cfg, prep):
         log, best, best_state, since = saved["log"], saved["best"], saved["best_state"], saved["since"]
         first, seconds = len(log) + 1, saved["seconds"]
         torch.set_rng_state(saved["random"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["random_cuda"].cpu(), device)
         print(f"{name}: resumed after epoch {len(log)}")
     elif not black_box:  # the start counts as epoch 0, so that training can only be kept if it helps fold 9
         best = validate(model, x[val_rows], y_val, exact)[0]
@@ -211,20 +224,24 @@ def train(name, args, cfg, prep):
             bad = [t for t, v in zip(terms, seen[step]) if not v.isfinite()][-1]
             sys.exit(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, step "
                      f"{step + 1}: train again with a lower --lr")
-        unprojected = None if black_box else model.p.detach().clone()
-        if not black_box and cfg.project_every and epoch % cfg.project_every == 0:
-            z, carries, ids = common.training_set(model, prep, device)
-            model.p.data = common.project(z, carries, ids, model.p.data, model.p_class, unique=True)[0]
+        unprojected = {}
+        if not black_box:
+            if cfg.head == "refit" or cfg.project_every:
+                z, carries, ids = common.training_set(model, prep, device)
             if cfg.head == "refit":
                 refit_head(model, z, carries)
+            unprojected = {k: v.clone() for k, v in model.state_dict().items() if k == "p" or k.startswith("head")}
+            if cfg.project_every and epoch % cfg.project_every == 0:
+                model.p.data = common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)[0]
+                if cfg.head == "refit":
+                    refit_head(model, z, carries)
         auroc, _ = validate(average, x[val_rows], y_val, exact)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
         since = 0 if auroc > best else since + 1
         if auroc > best:
-            best, best_state = auroc, copy.deepcopy(average.state_dict())
-            if not black_box:
-                best_state["p"] = unprojected  # Stage 2 proper, with its bookkeeping, is 03's
+            # judged as projected, kept as it was before: Stage 2 proper, with its bookkeeping, is 03's
+            best, best_state = auroc, {**copy.deepcopy(average.state_dict()), **unprojected}
         log.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "val_auroc": auroc,
                     **{t: float(v) for t, v in zip(terms, seen.mean(0))}})
         seconds += time.time() - began
@@ -234,16 +251,30 @@ def train(name, args, cfg, prep):
         common.save_pt(last, {"meta": meta, "model": model.state_dict(), "average": average.state_dict(),
                               "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "log": log,
                               "best": best, "best_state": best_state, "since": since, "seconds": seconds,
-                              "random": torch.get_rng_state()})
+                              "random": torch.get_rng_state(), "random_cuda":
+                              torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
 
     best_epoch = next((e["epoch"] for e in log if e["val_auroc"] == best), 0)
     meta.update(val_auroc=best, epochs=len(log), best_epoch=best_epoch)
     with common.replacing(folder / f"log{suffix}.jsonl") as t:
         t.write_text("".join(common.json.dumps(line) + "\n" for line in log))
+    for later in folder.glob("*_r*"):  # of rounds that started from what is replaced now
+        if int(later.stem.rpartition("_r")[2]) > args.round:
+            later.unlink()
     common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
-    common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1), "hardware": common.hardware(),
+    common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1), "hardware": common.hardware(device),
                                                 "threads": torch.get_num_threads()})
     return best
+
+
+def sources(name, args, cfg, prep):
+    """{input: fingerprint} of what a model's training starts from besides PREP: the black box, or the round before."""
+    path = args.run / cfg.start / "joint.pt" if cfg.start.startswith("blackbox") else None
+    if args.round > 1:
+        path = args.run / name / f"projected{'' if args.round == 2 else f'_r{args.round - 1}'}.pt"
+    if MODELS[name][0] == "blackbox" or path is None or not path.is_file():
+        return {}
+    return {"projected" if args.round > 1 else "start": common.file_hash(path)}
 
 
 def start(name, args, cfg, prep, meta):
@@ -257,8 +288,11 @@ def start(name, args, cfg, prep, meta):
         path = args.run / name / f"projected{suffix}.pt"
         model, before = common.load_model(path, common.command("03_project.py", name))
         common.same_input(before, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
+        old = common.config_of(before)
+        for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k"):
+            if getattr(old, k) != getattr(cfg, k):
+                sys.exit(f"{path} was trained with another {k} ({getattr(old, k)}): give 02 the flags of round 1")
         meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"])
-        meta["inputs"]["projected"] = common.file_hash(path)
         return model
 
     if kind == "blackbox":
@@ -272,11 +306,13 @@ def start(name, args, cfg, prep, meta):
             return start_from_black_box(name, args, cfg, prep, meta, scaler)
         model = common.build(meta, scaler)
     if two_d and cfg.start != "random" and cfg.width != 64:
-        print(f"{name}: starts at random, because ImageNet weights fit width 64 only")
+        print(f"{name}: starts at random, as the 1D network does, because ImageNet weights fit width 64 only")
     elif two_d and cfg.start != "random":
-        if not args.imagenet.is_file():
-            sys.exit(f"{args.imagenet} is missing: run `python 00_download.py --imagenet` first, or use --start random")
-        model.backbone.load_imagenet(torch.load(args.imagenet, map_location="cpu", weights_only=True))
+        path = args.imagenet or args.data.parent / IMAGENET
+        try:
+            model.backbone.load_imagenet(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception:  # torch raises many kinds for a missing, truncated or foreign file
+            sys.exit(f"{path} is missing or damaged: run `python 00_download.py --imagenet`, or use --start random")
     return model
 
 
@@ -292,9 +328,9 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     maker = common.command("02_train_joint.py", cfg.start)
     box, before = common.load_model(path, maker, args.device)
     common.same_input(before, "prep", prep.path, path, maker, args.force)
-    if before["config"]["width"] != cfg.width:
-        sys.exit(f"{path} has width {before['config']['width']}, not {cfg.width}: run `python {maker}` again")
-    meta["inputs"]["start"] = common.file_hash(path)
+    for k in ("width", "pool", "scale_input", "seed"):
+        if before["config"][k] != getattr(cfg, k):
+            sys.exit(f"{path} has another {k} ({before['config'][k]}): {common.rerun(maker)} again, or name another --run")
     meta["latent_dim"] = len(box.classes)
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
@@ -307,6 +343,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     flat = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                         # [N L, 71]
     centre = flat.mean(0)
     variance, Q = torch.linalg.eigh(torch.cov(flat.T))
+    # Z = Cov^(-1/2), damped by the mean eigenvalue, becomes part of the add-on
     Z = Q @ torch.diag((variance + variance.mean()).rsqrt()) @ Q.T                    # ZCA, damped
     z = torch.einsum("ed,ndl->nel", Z.float(), u - centre.float()[:, None])           # [N, D, L]
     Z, centre = Z.to(V), centre.to(V)
@@ -328,7 +365,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
         else:
             p.append(unit[np.arange(k) % len(unit)])
     centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
-    model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, unique=True)[0]
+    model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)[0]
     if cfg.head == "refit":
         refit_head(model, z, carries)
     return model
@@ -339,12 +376,14 @@ def main():
     p.add_argument("--round", type=int, default=1, help="2 continues from the projected prototypes of round 1")
     p.add_argument("--resume", action="store_true", help="continue after the last whole epoch; keep finished models")
     p.add_argument("--no-contrastive", action="store_true", help="train without the contrastive loss, Eq. (7)")
-    p.add_argument("--imagenet", type=common.Path, default=IMAGENET, help="torchvision's resnet18 weights (2D models)")
+    p.add_argument("--imagenet", type=common.Path, metavar="FILE", help=f"default: {IMAGENET} beside the folder DATA")
     g = p.add_argument_group("change one setting of the recipe (see Config in common.py)")
     for field in dataclasses.fields(common.Config):
-        if field.name not in ("recipe", "seed", "per_class", "a"):
-            g.add_argument(f"--{field.name.replace('_', '-')}", metavar=field.type.__name__.upper(), default=None,
-                           type=boolean if field.type is bool else field.type)
+        if field.name not in ("recipe", "seed", "per_class", "a", "rounds"):
+            kind = {bool: boolean, int: whole}.get(field.type, field.type)
+            metavar = {bool: "yes|no", int: "N", float: "X", str: "|".join(CHOICES.get(field.name, ()))}[field.type]
+            g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, type=kind, default=None,
+                           choices=CHOICES.get(field.name))
     args = common.parse(p)
     prep = common.load_prep(args.prep)
     cfg = common.recipe(args)
@@ -353,10 +392,11 @@ def main():
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
                and getattr(args, f.name, None) is not None}
     cfg = dataclasses.replace(cfg, **changed)
-    if cfg.scheduler not in SCHEDULERS:
-        p.error(f"--scheduler must be one of {', '.join(SCHEDULERS)}")
-
+    if cfg.batch < 1 or cfg.blackbox_epochs < 1:
+        p.error("--batch and --blackbox-epochs must be at least 1")
     names = args.model or common.BRANCHES
+    if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
+        p.error("--round 2 continues prototype models; black boxes have one round")
     prototypes = any(MODELS[n][0] != "blackbox" for n in names)
     needs_start = cfg.start.startswith("blackbox") and prototypes and args.round == 1
     if needs_start and cfg.start not in names and not (args.run / cfg.start / "joint.pt").is_file():

@@ -12,9 +12,10 @@ writes  RUN/MODEL/projected.pt (projected_r2.pt), RUN/MODEL/prototypes.json: of 
     python 03_project.py --model rhythm      one of them
     python 03_project.py --unique            no two prototypes of a class on the same window
 
-Takes seconds on a GPU and about a minute a branch on 2 CPU cores, nearly all of it the forward pass.
+Takes up to a minute a branch on 2 CPU cores, nearly all of it the forward pass; not yet timed on a GPU.
 Last line: `runs/default: projected rhythm, morphology, global`.
 """
+import argparse
 import time
 
 import numpy as np
@@ -26,7 +27,8 @@ from common import CODES
 
 def main():
     p = common.argument_parser(__doc__)
-    p.add_argument("--unique", action="store_true", help="no two prototypes of a class on the same window")
+    p.add_argument("--unique", action=argparse.BooleanOptionalAction, default=None,
+                   help="no two prototypes of a class on the same window (default: as the recipe says)")
     args = common.parse(p)
     prep = common.load_prep(args.prep)
     for name in (names := common.prototype_models(args)):
@@ -36,7 +38,7 @@ def main():
         model, meta = common.load_model(path, maker, args.device)
         common.same_input(meta, "prep", prep.path, path, maker, args.force)
         cfg = common.config_of(meta)
-        unique = args.unique or cfg.unique
+        unique = cfg.unique if args.unique is None else args.unique
 
         z, carries, ids = common.training_set(model, prep, args.device)
         projected, found = common.project(z, carries, ids, model.p.data, model.p_class, unique, runners=3)  # Eq. (8)
@@ -77,6 +79,8 @@ def main():
         print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {len(sources)} distinct windows of "
               f"{report['records']} records  fold-9 macro-AUROC {auroc['before']:.4f} -> {auroc['after']:.4f}  "
               f"{time.time() - began:.1f} s{left_out}", flush=True)
+    if round_ < cfg.rounds:
+        print(f"the {cfg.recipe} recipe has {cfg.rounds} rounds: next {common.rerun(f'02_train_joint.py --round {round_ + 1}')}")
     print(f"{args.run}: projected {', '.join(names)}")
 
 

@@ -6,14 +6,16 @@ of all branches on all labels; the L1 strength is chosen on fold 9. Off-class we
 
 reads   PREP/*.npy, RUN/MODEL/joint.pt and projected.pt (the highest round), RUN/blackbox-*/joint.pt
 writes  RUN/MODEL/scores.npy   float32 [N, P], every record's similarities, in PREP's order
-        RUN/MODEL/classifier.pt, RUN/fusion.pt, RUN/fusion-own.pt    W [C, P], b [C], mean [P], std [P]
+        RUN/MODEL/classifier.pt, RUN/fusion.pt, RUN/fusion-own.pt    W [C, P], b [C], mean [P], std [P]; what they
+        are and how sparse stands in the .json beside each
         RUN/logits_NAME.npy, probabilities_NAME.npy    [records of folds 9 and 10, 71], NaN for labels not modelled
         RUN/predictions.json   what each NAME is, and what it was made from
 
     python 04_fusion.py                      every model of the run, and the fusion if the three branches are there
     python 04_fusion.py --model rhythm       one of them
 
-Last line: `runs/default: fold-9 macro-AUROC fusion .935, macro .930, rhythm .940, ...`, with your own numbers.
+Takes a few minutes on 2 CPU cores, half of it the forward passes; not yet timed on a GPU.
+Last line: `runs/default: fold-9 macro-AUROC fusion 0.9350, macro 0.9300, ...`, with your own numbers.
 """
 import sys
 import time
@@ -172,8 +174,9 @@ def main():
     predictions = {"format": common.FORMAT, "inputs": {"prep": common.file_hash(prep.path)}, "models": {}}
     if predictions_path.is_file():
         old = common.load_json(predictions_path, "04_fusion.py")
-        if old["inputs"] == predictions["inputs"]:
+        if old.get("inputs") == predictions["inputs"] and old.get("models"):
             predictions = old
+    predictions["left_out"] = prep.info["without_training_record"]
     summary = {}
 
     def save_predictions(name, about, classes, logits, inputs, **more):
@@ -217,7 +220,7 @@ def main():
     # Black boxes: their own logits
     present = [m for m in MODELS if list((args.run / m).glob("joint*.pt"))]
     if not args.model and not present:
-        sys.exit(f"{args.run} holds no trained model: run `python 02_train_joint.py` first")
+        sys.exit(f"{args.run} holds no trained model: {common.rerun('02_train_joint.py')} first")
     for name in [m for m in args.model or present if MODELS[m][0] == "blackbox"]:
         path = args.run / name / "joint.pt"
         model, meta = common.load_model(path, f"02_train_joint.py --model {name}", device)
@@ -235,6 +238,9 @@ def main():
         common.same_input(meta, "joint", joint, path, f"03_project.py --model {name}", args.force)
         common.same_input(meta, "prep", prep.path, path, f"03_project.py --model {name}", args.force)
         record = common.load_json(path.with_name("prototypes.json"), f"03_project.py --model {name}")
+        if record.get("projected") != common.file_hash(path):
+            sys.exit(f"{path.with_name('prototypes.json')} does not fit {path}: "
+                     f"{common.rerun(f'03_project.py --model {name}')} again")
         before = common.load_model(joint, common.command("02_train_joint.py", name, round_), device)[0]
         projected, unprojected = model.p.data, before.p.data
 
@@ -291,6 +297,8 @@ def main():
             save_predictions(name, "each label from its own branch", classes, merged,
                              {k: v for m in members for k, v in predictions["models"][m]["inputs"].items()})
             print(f"{name:22s} fold 9 {summary[name]:.4f}")
+    if predictions["left_out"]:
+        print(f"left out, without a training record: {' '.join(predictions['left_out'])}")
     first = [n for n in ("fusion", "macro", *MODELS) if n in summary]
     print(f"{args.run}: fold-9 macro-AUROC " + ", ".join(f"{n} {summary[n]:.4f}" for n in first))
 

@@ -444,7 +444,7 @@ def main():
     metrics = {
         "format": common.FORMAT, "run": args.run.name, **{k: setting[k] for k in ("recipe", "seed", "width")},
         "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale,
-        "hardware": common.hardware(),
+        "hardware": common.hardware(args.device),
         "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
         "trained": {n: {k: j.get(k) for k in ("device", "hardware", "seconds")} for n, j in joint.items()},
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),

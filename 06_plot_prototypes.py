@@ -272,6 +272,8 @@ def gallery(args, prep, records, words):
         for file, about in entries:
             body.append(f'<figure><a href="{file}"><img src="{file}" loading="lazy" width="297" height="210" '
                         f'alt="{html.escape(words[code])}"></a><figcaption>{about}</figcaption></figure>')
+    missing = prep.info["without_training_record"]
+    left_out = f" Without a training record, so not modelled: {' '.join(missing)}." if missing else ""
     title = f"{len(jobs):,} prototypes of {html.escape(str(args.run))}"
     with common.replacing(figures / "gallery.html") as t:
         t.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
@@ -280,7 +282,7 @@ figure {{ display: inline-block; vertical-align: top; width: 297px; margin: 0 1r
 img {{ border: 1px solid #bbb; object-fit: contain }}</style><h1>{title}</h1>
 <p>Each prototype is a real training ECG, or 0.94 s of one, with which the model compares new ECGs. Below it stand its
 source and all labels of that ECG. Click a picture to enlarge it; printed at 100 % it has 25 mm/s and 10 mm/mV. For
-research, not for clinical use.</p><ul>{"".join(contents)}</ul>{"".join(body)}</html>
+research, not for clinical use.{left_out}</p><ul>{"".join(contents)}</ul>{"".join(body)}</html>
 """, encoding="utf-8")
     print(f"{args.run}: {len(jobs):,} prototypes -> {figures / 'gallery.html'}")
 

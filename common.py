@@ -51,7 +51,7 @@ MODELS = {"rhythm": ("1d", "rhythm"), "morphology": ("partial", "morphology"), "
           "blackbox-rhythm": ("blackbox", "rhythm"), "blackbox-morphology": ("blackbox", "morphology"),
           "blackbox-global": ("blackbox", "global")}
 BRANCHES = ["rhythm", "morphology", "global"]  # the paper's three
-IMAGENET = Path("data/resnet18-f37072fd.pth")  # torchvision's ResNet18 weights, fetched by 00_download.py --imagenet
+IMAGENET = "resnet18-f37072fd.pth"  # torchvision's ResNet18 weights, fetched by 00_download.py --imagenet
 
 
 def highpass(x):
@@ -80,7 +80,7 @@ class Config:
     a: tuple = (1.0, 1.0, 1.0)       # scale of Eq. (1): 1D, partial, global
     top_k: int = 5                   # windows averaged into a partial prototype's score, of 30 (3.3, k unstated)
     # Loss (3.4): lambda_div is divided by P^2 and lambda_cntrst by sqrt(P), so that they do not depend on P
-    lambda_clst: float = 0.01        # a hundredth, because the BCE of rare labels is itself about 0.05
+    lambda_clst: float = 0.01        # small, because the BCE of rare labels is itself about 0.05
     lambda_sep: float = 0.002
     lambda_div: float = 0.1
     lambda_cntrst: float = 0.1
@@ -102,7 +102,7 @@ class Config:
     blackbox_ema: float = 0.99       # moving average of a black box's weights over steps; 0 is none
     # Stage 2
     project_every: int = 1           # epochs between projections within Stage 1, which keep p on real patches; 0: none
-    rounds: int = 1                  # Stages 1 + 2 (paper: twice)
+    rounds: int = 1                  # how often to run Stages 1 + 2 (paper: twice); see --round
     unique: bool = True              # no two prototypes of a class on the same window
 
     @property
@@ -110,7 +110,8 @@ class Config:
         return self.lambda_clst, self.lambda_sep, self.lambda_div, self.lambda_cntrst
 
 
-# The authors' published and de facto settings, run through the paper's equations.
+# The authors' settings, run through the paper's equations. From the paper: Adam, 200 epochs, patience 10, ImageNet start,
+# two rounds, W at 1 / -0.5. From their code: the rest, among it the sigmoid add-on, the frozen head, a, k and per_class.
 PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet", pool="mean", add_on="sigmoid",
                prototypes="random", a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004, lambda_sep=0.0004,
                lambda_div=250.0, lambda_cntrst=600.0, class_weights=True, head="frozen", epochs=200, patience=10,
@@ -131,6 +132,12 @@ def without_contrastive(cfg):
     if cfg.recipe == "paper":
         return replace(cfg, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0, lambda_cntrst=0.0)
     return replace(cfg, lambda_cntrst=0.0)
+
+
+CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] == "blackbox")), "pool": ("mean", "meanmax"),
+           "add_on": ("whitened", "sigmoid"), "prototypes": ("data", "random"), "sampler": ("shuffle", "weighted"),
+           "head": ("refit", "free", "frozen"), "optimizer": ("adam", "adamw"),
+           "scheduler": ("constant", "cosine", "plateau", "step", "cyclic", "onecycle")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ class ResNet18(nn.Module):
             raise ValueError("ImageNet weights need width 64")
         own = self.state_dict()
         for key in own:
-            if key == "conv1.weight":
+            if key == "conv1.weight" or key.endswith("num_batches_tracked"):
                 continue
             weight = state[key]
             own[key] = weight[:, :, weight.shape[2] // 2] if weight.ndim == 4 else weight
@@ -213,7 +220,8 @@ def similarity(z, p, a=1.0):
     unit_p = F.normalize(p.flatten(1), dim=1).view_as(p)                             # p / |p|
     squares = z.square().sum(1, keepdim=True)                                        # [B, 1, L]
     norm_z = (F.avg_pool1d(squares, p.shape[2], 1) * p.shape[2]).clamp_min(1e-12).sqrt()   # |z| of each window
-    return a * F.conv1d(z, unit_p).to(p.dtype) / norm_z                              # Eq. (1)
+    with torch.autocast(z.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
+        return a * F.conv1d(z, unit_p) / norm_z                                      # Eq. (1)
 
 
 def pool_over_time(h, how):
@@ -301,7 +309,7 @@ class BlackBox(nn.Module):
 
 
 def window_samples(kind, window):
-    """(first, end) sample that latent window `window` stands for: step k is centred on sample 32 k (paper Appendix D).
+    """(first, end) sample that latent window `window` stands for (Appendix D): step k is centred on sample 32 k.
 
     A partial window k..k+2 is [32 (k+1) - 47, 32 (k+1) + 47), 0.94 s, clipped to the record; the others are all of it.
     """
@@ -429,7 +437,7 @@ def argument_parser(doc):
     g.add_argument("--run", type=Path, help="folder of this run: one recipe, seed and setting (default runs/RECIPE)")
     g.add_argument("--recipe", choices=list(RECIPES), default="default", help="our default, or the authors' settings")
     g.add_argument("--model", nargs="+", choices=list(MODELS), metavar="MODEL",
-                   help=f"one or more of: {', '.join(MODELS)} (default: the paper's three branches)")
+                   help=f"one or more of: {', '.join(MODELS)} (default: in 02 the paper's three branches, later what RUN holds)")
     g.add_argument("--demo", action="store_true", help="small complete run on synthetic records in folders of its own")
     g.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
@@ -454,7 +462,18 @@ def parse(p, argv=None):
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     args.device = torch.device(args.device)
+    _given[:] = [f" --{k} {v}" for k, v in (("prep", args.prep), ("run", args.run)) if v != p.get_default(k) and not
+                 args.demo and str(v) not in ("runs/prep", f"runs/{args.recipe}")]
+    _given[:0] = [f" --recipe {args.recipe}"] * (args.recipe != "default") + [" --demo"] * args.demo
     return args
+
+
+_given = []  # the flags of this call that say which run it works on, for `rerun`
+
+
+def rerun(maker):
+    """What to do, for messages: run stage `maker` with the flags that say which run this is."""
+    return f"run `python {maker}{''.join(_given)}`"
 
 
 def process_pool(args):
@@ -517,7 +536,7 @@ def load_json(path, maker):
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        sys.exit(f"{path} is damaged: run `python {maker}` again")
+        sys.exit(f"{path} is damaged: {rerun(maker)} again")
     return value
 
 
@@ -528,7 +547,7 @@ def load_npy(path, maker, mmap=False):
     except Exception:  # numpy raises many kinds for a truncated or foreign file
         array = None
     if not isinstance(array, np.ndarray):
-        sys.exit(f"{path} is damaged: run `python {maker}` again")
+        sys.exit(f"{path} is damaged: {rerun(maker)} again")
     return array
 
 
@@ -537,16 +556,16 @@ def load_pt(path, maker, device="cpu"):
     try:
         value = torch.load(_there(path, maker), map_location=device, weights_only=True)
     except Exception:  # torch raises many kinds for a truncated or foreign file
-        sys.exit(f"{path} is damaged or not a file of this project: run `python {maker}` again")
+        sys.exit(f"{path} is damaged or not a file of this project: {rerun(maker)} again")
     meta = value.get("meta") if isinstance(value, dict) else None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        sys.exit(f"{path} has another layout than this version writes: run `python {maker}` again")
+        sys.exit(f"{path} has another layout than this version writes: {rerun(maker)} again")
     return value
 
 
 def _there(path, maker):
     if not Path(path).is_file():
-        sys.exit(f"{path} is missing: run `python {maker}` first")
+        sys.exit(f"{path} is missing: {rerun(maker)} first")
     return Path(path)
 
 
@@ -556,12 +575,12 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def hardware():
-    """The name of this machine's GPU, or else of its CPU with the number of cores."""
+def hardware(device):
+    """The name of the GPU that `device` is, or else of the CPU with its number of cores."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
     cpu = f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def provenance(cfg, stage, **inputs):
@@ -578,7 +597,7 @@ def same_input(meta, name, path, artifact, maker, force=False):
     """Exit (or warn with --force) if `artifact`'s provenance `meta` was made from another `path` than is there now."""
     if meta["inputs"].get(name) == file_hash(_there(path, maker)):
         return
-    message = f"{artifact} was made from another {path}: run `python {maker}` again"
+    message = f"{artifact} was made from another {path}: {rerun(maker)} again"
     if not force:
         sys.exit(message + " (or --force to use it all the same)")
     print(f"WARNING: {message}", file=sys.stderr)
@@ -590,13 +609,13 @@ def load_prep(folder, maker="01_preprocess.py"):
     folder = Path(folder)
     info = load_json(folder / "preprocess.json", maker)
     if info.get("format") != FORMAT or not {"shapes", "sha256", "scaler", "jaccard", "sizes"} <= set(info):
-        sys.exit(f"{folder / 'preprocess.json'} is damaged or of another version: run `python {maker}` again")
+        sys.exit(f"{folder / 'preprocess.json'} is damaged or of another version: {rerun(maker)} again")
     prep = SimpleNamespace(info=info, path=folder / "preprocess.json")
     for name in ("signals", "labels", "folds", "ecg_ids", "patient_ids"):
         array = load_npy(folder / f"{name}.npy", maker, mmap=name == "signals")
         changed = name != "signals" and file_hash(folder / f"{name}.npy") != info["sha256"][name]  # signals: 1 GB
         if changed or list(array.shape) != info["shapes"][name]:
-            sys.exit(f"{folder / name}.npy does not belong to {prep.path}: run `python {maker}` again")
+            sys.exit(f"{folder / name}.npy does not belong to {prep.path}: {rerun(maker)} again")
         setattr(prep, name, array)
     prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10
     return prep
@@ -627,10 +646,11 @@ def command(stage, model, round_=1):
 
 def prototype_models(args):
     """The prototype models to work on: those of --model, or all that 02 has trained in the run (in MODELS' order)."""
-    have = [m for m, (kind, _) in MODELS.items() if kind != "blackbox" and list((args.run / m).glob("joint*.pt"))]
-    if not args.model and not have:
-        sys.exit(f"{args.run} holds no trained model: run `python 02_train_joint.py` first")
-    return [m for m in args.model or have if MODELS[m][0] != "blackbox"]
+    names = args.model or [m for m in MODELS if list((args.run / m).glob("joint*.pt"))]
+    names = [m for m in names if MODELS[m][0] != "blackbox"]
+    if not names:
+        sys.exit(f"{args.run} holds no prototype model of those asked for: {rerun('02_train_joint.py')} first")
+    return names
 
 
 def config_of(meta):
@@ -653,9 +673,9 @@ def load_model(path, maker, device="cpu"):
         model = build(saved["meta"])
         model.load_state_dict(saved["state"])
     except (KeyError, RuntimeError, TypeError, ValueError):
-        sys.exit(f"{path} holds another architecture than this version builds: run `python {maker}` again")
+        sys.exit(f"{path} holds another architecture than this version builds: {rerun(maker)} again")
     if not all(v.isfinite().all() for v in model.state_dict().values()):
-        sys.exit(f"{path} holds weights that are not numbers: run `python {maker}` again")
+        sys.exit(f"{path} holds weights that are not numbers: {rerun(maker)} again")
     return model.to(device).eval(), saved["meta"]
 
 
@@ -672,5 +692,5 @@ def batched(f, prep, rows, device, batch=256):
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
         if not out[-1].isfinite().all():  # the weights are finite, see load_model
-            sys.exit(f"{prep.path.parent}/signals.npy holds values that are not numbers: run `python 01_preprocess.py`")
+            sys.exit(f"{prep.path.parent}/signals.npy holds values that are not numbers: {rerun('01_preprocess.py')}")
     return torch.cat(out)

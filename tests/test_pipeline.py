@@ -135,7 +135,7 @@ def spoil(path, how):
 def test_spoiled_input_gives_one_sentence(small_run, tmp_path, script, file, how):
     path = tmp_path / file
     spoil(path, how)
-    flags = {"02_train_joint": ["--model", "blackbox-1d", "--width", 8, "--blackbox-epochs", 1],
+    flags = {"02_train_joint": ["--model", "blackbox-1d", "--width", 8, "--blackbox-epochs", 1, "--force"],
              "06_plot_prototypes": ["--case", 10, "--force"]}.get(script, [])
     with pytest.raises(SystemExit) as e:
         small_run(script, *flags)
