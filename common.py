@@ -442,7 +442,7 @@ def argument_parser(doc):
     g.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
     g.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    g.add_argument("--force", action="store_true", help="use artifacts of another data set or setting, with a warning")
+    g.add_argument("--force", action="store_true", help="use artifacts of another data set, or replace a model of another setting")
     return p
 
 
