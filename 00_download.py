@@ -272,7 +272,8 @@ def fetch_all(todo, folder, mirrors):
         stop.set()
         end = time.monotonic() + 0.2  # threads that wait for a stalled server are left behind
         for thread in threads:
-            thread.join(max(0, end - time.monotonic()))
+            if thread.ident:  # started, before a Ctrl-C could come between
+                thread.join(max(0, end - time.monotonic()))
     if failures:
         print(*[f"failed: {failure}" for failure in failures[:10]], sep="\n", file=sys.stderr)
         untried = f" ({left:,} were not tried)" if left else ""

@@ -11,6 +11,7 @@ writes  RUN/figures/gallery.html and RUN/figures/MODEL/*.png; of a case RUN/case
 
     python 06_plot_prototypes.py                  every prototype of the run, with an index of them by label
     python 06_plot_prototypes.py --case 449       why does the model say what it says of this ECG of PTB-XL?
+    python 06_plot_prototypes.py --case 449 --label AFLT  the same for one label, predicted or not
     python 06_plot_prototypes.py --record my/ecg  the same for your own WFDB record (my/ecg.hea), any sampling rate
     python 06_plot_prototypes.py --review         one HTML file in which clinicians rate the prototypes (Appendix C)
 
@@ -403,7 +404,7 @@ def page(x, x_source, title, true, r, q, words):
     height = bottom + (below[0]["h"] + 3 if below else 0) + 6
     fig, ax = sheet(2 * WIDTH + 24, height)
     write(ax, 8, 11, f"{title}: {words[r['label']]}", 8, weight="bold")
-    verdict = "predicted: it reaches" if r["predicted"] else "the most probable label, yet below"
+    verdict = "predicted: it reaches" if r["predicted"] else "not predicted: it stays below"
     text = f"probability {r['probability']:.3g} by the {r['classifier']} classifier ({verdict} the threshold "
     write(ax, 8, 19, f"{text}{r['threshold']:.3g}, chosen on fold 9)", 5)
 
@@ -451,6 +452,11 @@ def case(args, prep, words, ecg_id=None):
         title, name, true = f"{part} ECG {ecg_id}", str(ecg_id), "; ".join(words[c] for c in codes) or "none"
     results = explain(x, load_classifiers(args, prep), args.top)
     explained = [r for r in results if r["predicted"]] or results[:1]
+    if args.label:
+        explained = [r for r in results if r["label"] in args.label]
+        if missing := set(args.label) - {r["label"] for r in explained}:
+            sys.exit(f"{', '.join(sorted(missing))}: no label of {args.run}'s models; choose from "
+                     f"{', '.join(sorted({r['label'] for r in results}))}")
     folder, pages = args.run / "cases", [(r, q, i) for r in explained for i, q in enumerate(r["prototypes"], 1)]
     for old in (folder / name).glob("*.png"):
         old.unlink()
@@ -465,7 +471,7 @@ def case(args, prep, words, ecg_id=None):
         "format": common.FORMAT, "kind": "protoecgnet-case", "run": str(args.run), "ecg_id": ecg_id, "title": title,
         "true_labels": codes, "explained": explained, "labels": labels, "descriptions": words})
     print(f"{args.run}: {title}: " + ", ".join(f"{words[r['label']]} {r['probability']:.3g}" for r in explained)
-          + ("" if explained[0]["predicted"] else ", below its threshold") + f" -> {folder / name}.pdf")
+          + ("" if any(r["predicted"] for r in explained) else ", below its threshold") + f" -> {folder / name}.pdf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,6 +675,7 @@ def main():
     what = p.add_mutually_exclusive_group()
     what.add_argument("--case", type=int, nargs="+", metavar="ECG_ID", help="explain the predictions for these ECGs")
     what.add_argument("--record", metavar="PATH", help="the same for your own WFDB record (12 leads, at least 10 s)")
+    p.add_argument("--label", nargs="+", metavar="CODE", help="explain these labels of a case, predicted or not")
     p.add_argument("--top", type=int, default=3, metavar="N", help="prototypes shown per label of a case (default 3)")
     what.add_argument("--review", action="store_true", help="write the page in which clinicians rate the prototypes")
     args = common.parse(p)

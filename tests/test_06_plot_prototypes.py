@@ -52,7 +52,7 @@ def made(tmp_path_factory):
 
 
 def namespace(made, **more):
-    return SimpleNamespace(**{"run": made.run, "prep": made.prep.path.parent, "model": None, "force": False,
+    return SimpleNamespace(**{"run": made.run, "prep": made.prep.path.parent, "model": None, "force": False, "label": None,
                               "device": "cpu", "threads": 1, "record": None, "top": 3, **more})
 
 
@@ -189,7 +189,7 @@ def test_case_writes_pages_and_all_numbers(made, monkeypatch, capsys):
 
 
 def test_without_a_predicted_label_the_most_probable_one_is_explained(made, monkeypatch, capsys):
-    monkeypatch.setattr(stage("05_evaluate"), "best_f1_thresholds", lambda y, s: np.full(y.shape[1], 99.0))
+    monkeypatch.setattr(common, "best_f1_thresholds", lambda y, s: np.full(y.shape[1], 99.0))
     run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--case", 13, "--model", "rhythm", "--top", 1)
     assert "below its threshold" in capsys.readouterr().out
     assert len(json.loads((made.run / "cases" / "13.json").read_text())["explained"]) == 1
@@ -503,3 +503,14 @@ def test_review_in_a_browser(browser, pages, made, tmp_path):
     js("const e = document.getElementById('class'); e.value = 1; e.dispatchEvent(new Event('change'))")
     assert "prototype 1 of" in find("title").text
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def test_a_label_can_be_asked_for_predicted_or_not(made, monkeypatch):
+    ecg_id, label = int(made.prep.ecg_ids[made.prep.test][0]), common.load_json(made.run / "fusion.json", "")["classes"][-1]
+    flags = [*made.args, "--case", ecg_id, "--top", 1, "--label"]
+    run_stage(monkeypatch, "06_plot_prototypes", *flags, label)
+    case = json.loads((made.run / "cases" / f"{ecg_id}.json").read_text())
+    assert [r["label"] for r in case["explained"]] == [label]
+    with pytest.raises(SystemExit) as e:
+        run_stage(monkeypatch, "06_plot_prototypes", *flags, "FLUTTER")
+    assert "FLUTTER" in sentence(e) and label in sentence(e)
