@@ -580,7 +580,7 @@ def test_really_full_disk(data, tmp_path):
     command = f"""mount -t tmpfs -o size=300k tmpfs "$2" && "$0" "$1" --data "$3" --prep "$2" --threads 1 --device cpu
                   code=$?; ls -A "$2"; exit $code"""
     done = subprocess.run(["unshare", "-rm", "sh", "-c", command, sys.executable, str(ROOT / "01_preprocess.py"),
-                           str(tmp_path / "prep"), str(data)], capture_output=True, text=True, timeout=120)
+                           str(tmp_path / "prep"), str(data)], capture_output=True, text=True, timeout=180)
     assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == ""  # nothing is left on it
 
@@ -596,7 +596,7 @@ def start(data, prep, *flags):
 def test_exit_code_and_stderr(data, tmp_path):
     BAD_RECORDS["checksum"][0](data)
     process = start(data, tmp_path / "prep")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 1 and out == "" and "Traceback" not in err
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("reading:")]
     assert len(lines) == 1 and lines[0].startswith(f"{data / where(5)}: the samples do not match the checksum"), err
@@ -629,12 +629,12 @@ def test_kill_leaves_nothing_that_later_stages_would_take(data, tmp_path, monkey
                 os.kill(int(worker), signal.SIGINT)
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        process.wait(timeout=180)
     finally:
         process.kill()
         if fifo is not None:
             os.close(fifo)  # the header ends, and with it what the worker was waiting for
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=180)
     nothing_mixed(tmp_path / "prep")
     if how == signal.SIGINT:
         assert process.returncode == 1 and "interrupted" in err and "Traceback" not in err, err
