@@ -14,8 +14,8 @@ writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log
     python 02_train_joint.py --recipe paper      the authors' settings, in runs/paper
     python 02_train_joint.py --resume            after an interruption: finished models are kept
 
-Takes, on 2 CPU cores with AVX512-bf16 at --width 32, 19 s for an epoch of the black box (60) and 26 s for one of a branch
-(6); at the full width about three times that. Not yet timed on a GPU.
+Takes, on 2 busy CPU cores with AVX512-bf16 at --width 32, about 20 s for an epoch of the black box (60) and 25-40 s for
+one of a branch (6): 34 minutes in all. Not yet timed on a GPU.
 Last line: `runs/default: rhythm 0.9500, morphology 0.9000, global 0.9400 (fold-9 macro-AUROC)`, with your own numbers.
 """
 import copy

@@ -192,6 +192,15 @@ def paper_table(ours):
                          ours(box, None) if box else "–"] for setting, name, off, on, box, box_auroc in PAPER])
 
 
+def cost_table(m):
+    """What each step towards interpretability cost, and how much there is to read."""
+    steps = {"-joint": "joint", "-projected": "projected", "-unprojected": "sparse, unprojected",
+             "sparse": "sparse, projected", "black box": "black box 1D", "gap": "gap"}
+    return table(["model", *steps.values(), "prototypes", "distinct", "non-zero weights"],
+                 [[r["name"], *(number(r.get(s)) for s in steps), r["prototypes"], r["distinct"],
+                   f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]])
+
+
 def by_group(m):
     """[(group, the prediction that stands for it, {code: [AUROC, low, high, AUPRC, F1, threshold]} best first)]."""
     return [(g, name, {c: v for c, v in sorted(m["per_class"][name].items(), key=lambda item: -(item[1][0] or 0))
@@ -227,12 +236,7 @@ def report(m):
         out += [f"Check: ({' + '.join(f'{v[3]} x {number(v[0])}' for v in each)}) / {n} = {number(total)}; macro "
                 f"aggregation {number(value)}: {'equal' if abs(total - value) < 2e-5 else 'NOT EQUAL'}. (The paper's "
                 "branches would give .8891 and .8970, where .8918 and .9048 are printed.)"]
-    steps = {"-joint": "joint", "-projected": "projected", "-unprojected": "sparse, unprojected",
-             "sparse": "sparse, projected", "black box": "black box 1D", "gap": "gap"}
-    out += ["## The cost of interpretability",
-            table(["model", *steps.values(), "prototypes", "distinct", "non-zero weights"],
-                  [[r["name"], *(number(r.get(s)) for s in steps), r["prototypes"], r["distinct"],
-                    f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]]),
+    out += ["## The cost of interpretability", cost_table(m),
             "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
             "sparse classifier on the prototypes before and after projection; of the black box. Gap: mean of 1 - "
             "cosine of a prototype and the patch that it became. Distinct: different patches within each class.",
@@ -257,7 +261,7 @@ def report(m):
 
 def readme():
     """Write the tables of tests/results/*.json between README.md's two markers, pooling runs that differ in seed."""
-    keys = "recipe seed width contrastive config counts predictions".split()
+    keys = "recipe seed width contrastive config counts predictions cost trained hardware".split()
     runs = [read(f, "05_evaluate.py --save NAME", *keys) for f in sorted((HERE / "tests" / "results").glob("*.json"))]
     path, begin, end = HERE / "README.md", "<!-- results:begin -->", "<!-- results:end -->"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -282,7 +286,13 @@ def readme():
         values = [v[0] for v in found.values()]
         return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds)"
 
-    tables = [f"**{what}**\n\n{paper_table(lambda *a: pooled(some, *a))}" for what, some in sorted(same.items())]
+    tables = []
+    for what, some in sorted(same.items()):
+        first = some[0]
+        times = ", ".join(f"{n} {t['seconds'] / 60:.0f}" for n, t in first["trained"].items() if t.get("seconds"))
+        tables += [f"**{what}**", paper_table(lambda *a: pooled(some, *a)),
+                   f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):", cost_table(first),
+                   f"Minutes of Stage 1 on {first['hardware']}: {times or 'not known'}."]
     with common.replacing(path) as t:
         t.write_text("\n\n".join([text.split(begin)[0] + begin, *tables, end]) + text.split(end)[1], encoding="utf-8")
     print(f"{path.name}: tables of {len(runs)} runs")
