@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits an ignored Ctrl-C
 torch.set_num_threads(1)  # the tensors here are small: on a busy machine threads would only wait for each other
 
 # no time limit per example (the machine may be busy), no .hypothesis folder, the same examples in every run
