@@ -264,8 +264,8 @@ def train(name, args, cfg, prep):
         if int(later.stem.rpartition("_r")[2]) > args.round:
             later.unlink()
     common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
-    common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1), "hardware": common.hardware(device),
-                                                "threads": torch.get_num_threads()})
+    common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1),
+                                                "threads": torch.get_num_threads(), "hardware": common.hardware(device)})
     return best
 
 
@@ -332,7 +332,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     common.same_input(before, "prep", prep.path, path, maker, args.force)
     for k in ("width", "pool", "scale_input", "seed"):
         if before["config"][k] != getattr(cfg, k):
-            sys.exit(f"{path} has another {k} ({before['config'][k]}): {common.rerun(maker)} again, or name another --run")
+            sys.exit(f"{path} has another {k} ({before['config'][k]}): {common.rerun(maker)} or in another --run")
     meta["latent_dim"] = len(box.classes)
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
@@ -385,8 +385,8 @@ def main():
             kind = {bool: boolean, int: whole}.get(field.type, field.type)
             metavar = {bool: "yes|no", int: "N", float: "X", str: "|".join(CHOICES.get(field.name, ()))}[field.type]
             g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, type=kind, default=None,
-                           choices=CHOICES.get(field.name), help=f"default recipe {getattr(common.Config, field.name)}, "
-                           f"paper recipe {getattr(common.PAPER, field.name)}")
+                           choices=CHOICES.get(field.name), help="default recipe "
+                           f"{getattr(common.Config, field.name)}, paper recipe {getattr(common.PAPER, field.name)}")
     args = common.parse(p)
     prep = common.load_prep(args.prep)
     cfg = common.recipe(args)

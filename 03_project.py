@@ -80,7 +80,8 @@ def main():
               f"{report['records']} records  fold-9 macro-AUROC {auroc['before']:.4f} -> {auroc['after']:.4f}  "
               f"{time.time() - began:.1f} s{left_out}", flush=True)
     if round_ < cfg.rounds:
-        print(f"the {cfg.recipe} recipe has {cfg.rounds} rounds: next {common.rerun(f'02_train_joint.py --round {round_ + 1}')}")
+        following = common.rerun(f"02_train_joint.py --round {round_ + 1}")
+        print(f"the {cfg.recipe} recipe has {cfg.rounds} rounds: next {following}")
     print(f"{args.run}: projected {', '.join(names)}")
 
 

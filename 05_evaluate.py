@@ -291,7 +291,8 @@ def readme():
         first = some[0]
         times = ", ".join(f"{n} {t['seconds'] / 60:.0f}" for n, t in first["trained"].items() if t.get("seconds"))
         tables += [f"**{what}**", paper_table(lambda *a: pooled(some, *a)),
-                   f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):", cost_table(first),
+                   f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
+                   cost_table(first),
                    f"Minutes of Stage 1 on {first['hardware']}: {times or 'not known'}."]
     with common.replacing(path) as t:
         t.write_text("\n\n".join([text.split(begin)[0] + begin, *tables, end]) + text.split(end)[1], encoding="utf-8")

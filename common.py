@@ -110,8 +110,8 @@ class Config:
         return self.lambda_clst, self.lambda_sep, self.lambda_div, self.lambda_cntrst
 
 
-# The authors' settings, run through the paper's equations. From the paper: Adam, 200 epochs, patience 10, ImageNet start,
-# two rounds, W at 1 / -0.5. From their code: the rest, among it the sigmoid add-on, the frozen head, a, k and per_class.
+# The authors' settings, run through the paper's equations. From the paper: Adam, 200 epochs, patience 10, ImageNet
+# start, two rounds, W at 1 / -0.5. From their code: the rest, among it sigmoid add-on, frozen head, a, k and per_class.
 PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet", pool="mean", add_on="sigmoid",
                prototypes="random", a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004, lambda_sep=0.0004,
                lambda_div=250.0, lambda_cntrst=600.0, class_weights=True, head="frozen", epochs=200, patience=10,
@@ -134,8 +134,10 @@ def without_contrastive(cfg):
     return replace(cfg, lambda_cntrst=0.0)
 
 
-CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] == "blackbox")), "pool": ("mean", "meanmax"),
-           "add_on": ("whitened", "sigmoid"), "prototypes": ("data", "random"), "sampler": ("shuffle", "weighted"),
+# What the settings of several kinds may be
+CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] == "blackbox")),
+           "pool": ("mean", "meanmax"), "add_on": ("whitened", "sigmoid"), "prototypes": ("data", "random"),
+           "sampler": ("shuffle", "weighted"),
            "head": ("refit", "free", "frozen"), "optimizer": ("adam", "adamw"),
            "scheduler": ("constant", "cosine", "plateau", "step", "cyclic", "onecycle")}
 
@@ -437,12 +439,14 @@ def argument_parser(doc):
     g.add_argument("--run", type=Path, help="folder of this run: one recipe, seed and setting (default runs/RECIPE)")
     g.add_argument("--recipe", choices=list(RECIPES), default="default", help="our default, or the authors' settings")
     g.add_argument("--model", nargs="+", choices=list(MODELS), metavar="MODEL",
-                   help=f"one or more of: {', '.join(MODELS)} (default: in 02 the paper's three branches, later what RUN holds)")
+                   help=f"one or more of: {', '.join(MODELS)} (default: in 02 the paper's three branches, later what "
+                   "RUN holds)")
     g.add_argument("--demo", action="store_true", help="small complete run on synthetic records in folders of its own")
     g.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
     g.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    g.add_argument("--force", action="store_true", help="use artifacts of another data set, or replace a model of another setting")
+    g.add_argument("--force", action="store_true",
+                   help="use artifacts of another data set, or replace a model of another setting")
     return p
 
 
