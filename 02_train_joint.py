@@ -108,7 +108,7 @@ def refit_head(model, z, y):
         if y[:, c].all():  # every training record has the label: nothing to solve
             b[c] = 10
             continue
-        solved = LogisticRegression(C=1e3 / len(y), max_iter=300).fit((s[:, own] - mean[own]) / std[own], y[:, c])
+        solved = LogisticRegression(C=1e4 / len(y), max_iter=300).fit((s[:, own] - mean[own]) / std[own], y[:, c])
         W[c, own] = solved.coef_[0] / std[own]
         b[c] = solved.intercept_[0] - W[c] @ mean
     model.head.weight.copy_(torch.from_numpy(W))

@@ -28,9 +28,9 @@ from tqdm import tqdm
 import common
 from common import BRANCHES, CODES, MODELS
 
-STRENGTHS = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4]  # lambda of Eq. (10), tried from strong to weak
+STRENGTHS = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4]  # lambda of Eq. (10), tried from strong to weak
 MOST_OFF = 0.1    # share of off-class weights that may be non-zero
-L2 = 1e-3         # on all weights, in units of the mean BCE; without it a class that is separable has no optimum
+L2 = 1e-4         # on all weights, in units of the mean BCE; without it a class that is separable has no optimum
 ENTERING = 64     # weights that may join a class's working set at a time
 TOLERANCE = 1e-5  # on the optimality conditions, in the same units
 

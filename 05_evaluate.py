@@ -24,13 +24,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_curve
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
-from common import BRANCHES, CODES, GROUPS, MODELS, best_f1_thresholds, columns
+from common import BRANCHES, CODES, GROUPS, MODELS, RATE, SAMPLES, best_f1_thresholds, columns
 
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN is "no such class" here, and the mean of none is NaN
 HERE = Path(__file__).parent
@@ -48,6 +50,24 @@ PAPER = [  # Tables 1 and 2: setting, prediction, AUROC without and with contras
     ("one branch, 2D global, 71", "all-global", .8719, .8983, "blackbox-2d", .9060),
     ("macro aggregation, 71", "macro", .8918, .9048, "blackbox-macro", .9052),
     ("fusion classifier, 71", "fusion", .9010, .9248, None, None)]
+MEASURES = {  # metric of interpretability: what it is
+    "duplicates": "Share of prototypes on a window that another prototype of the same class has. Aim: 5 % or less.",
+    "dead": "Prototypes without any weight, or whose similarity varies by less than 1 % of its scale. Aim: 0.",
+    "diversity": "1 - mean cosine of two prototypes of a class.",
+    "separation": "1 - mean cosine of two prototypes of different classes.",
+    "agreement": "Rank correlation of the mean cosine of two classes with the Jaccard index of their labels (Eq. 7).",
+    "purity lift": "Share of a prototype's label among its ten nearest test records, over the label's prevalence; for "
+                   "classes with 10 or more test positives and a prevalence under 2 %. Aim: 5 or more.",
+    "prototypes for 95 %": "How many contributions to a predicted label's logit, largest first, hold 95 % of their sum "
+                           "without sign.",
+    "negative evidence": "Share of that sum which speaks against the label.",
+    "similarity drop": "What the similarity loses when the windows (at most five) that match a predicted label's first "
+                       "prototype are cut out of all leads and bridged, and when as much is cut elsewhere. Aim: 3 "
+                       "times as much.",
+    "logit drop": "The same of the label's logit.",
+    "top class": "Share of records whose highest logit stays with its class: under white noise of 20 dB (aim: 95 % or "
+                 "more), 0.5 mV of baseline wander before the filter, and circular shifts.",
+    "window": "Share of records in which the first prototype of that class matches the same place, to one latent step."}
 PAIRS = {  # paired differences, first - second, by the question that they answer
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
@@ -156,6 +176,194 @@ def cost_of(name, run, model, aurocs):
             "gap": rounded(np.average([part["gap"] for part in parts], weights=count)), "prototypes": sum(count)}
 
 
+# Interpretability: is what an explanation shows what the model goes by?
+
+def geometry(p, p_class, jaccard):
+    """How prototypes lie to each other: p [P, D, T] float64, p_class [P], jaccard [C, C] of the training labels.
+
+    Diversity is 1 - mean cosine of two prototypes of a class, separation of two of different classes (the course
+    proposal's terms; Eq. 6 and 7 train for them). Agreement is Spearman's correlation, over pairs of classes, between
+    the mean cosine of their prototypes and the Jaccard index of their labels, which Eq. (7) asks for.
+    """
+    unit = p.reshape(len(p), -1) / np.linalg.norm(p.reshape(len(p), -1), axis=1, keepdims=True)
+    S, same = unit @ unit.T, p_class[:, None] == p_class                                    # [P, P]
+    other = ~np.eye(len(p), dtype=bool)
+    member = np.eye(len(jaccard))[p_class] / np.bincount(p_class, minlength=len(jaccard))[p_class, None]  # [P, C]
+    a, b = np.triu_indices(len(jaccard), 1)
+    between, enough = (member.T @ S @ member)[a, b], len(a) > 2
+    return {"diversity": 1 - S[same & other].mean() if (same & other).any() else np.nan,
+            "separation": 1 - S[~same].mean() if (~same).any() else np.nan,
+            "agreement": spearmanr(between, jaccard[a, b])[0] if enough else np.nan}
+
+
+def purity_lift(s, y, p_class, nearest=10, positives=10, prevalence=0.02):
+    """Do the test records most like a prototype share its label? s [N, P], y [N, C] of the test set, p_class [P].
+
+    The share of the label among a prototype's ten nearest records, over the label's prevalence; the mean over the
+    prototypes of a class, then over classes with at least 10 positives and under 2 % prevalence (NaN without one).
+    """
+    count = y.sum(0)
+    lifts = []
+    for c in np.flatnonzero((count >= positives) & (count < prevalence * len(y))):
+        own = np.argsort(-s[:, p_class == c], axis=0, kind="stable")[:nearest]              # [10, own]
+        lifts.append(y[own, c].mean() / y[:, c].mean())
+    return float(np.mean(lifts)) if lifts else np.nan
+
+
+def evidence(X, W, b, thresholds):
+    """How much of a prediction one must read: standardised scores X [N, P], W [C, P], b [C], thresholds [C] on logits.
+
+    Over all predicted (record, label): the mean number of prototypes, largest first, that hold 95 % of the absolute
+    contributions W_cp X_p to the logit, and the share of the absolute contributions that speak against the label.
+    """
+    records, labels = np.nonzero(X @ W.T + b >= thresholds)
+    if not len(records):
+        return {"prototypes for 95 %": np.nan, "negative evidence": np.nan}
+    needed, against = [], []
+    for part in np.array_split(np.arange(len(records)), 1 + len(records) // 2000):
+        terms = X[records[part]] * W[labels[part]]                                          # [n, P]
+        size = -np.sort(-np.abs(terms), axis=1)
+        total = np.maximum(size.sum(1, keepdims=True), 1e-12)
+        needed += (1 + (size.cumsum(1) < 0.95 * total).sum(1)).tolist()
+        against += (np.maximum(-terms, 0).sum(1) / total[:, 0]).tolist()
+    return {"prototypes for 95 %": np.mean(needed), "negative evidence": np.mean(against)}
+
+
+def disturbed(x, rng):
+    """x [N, 12, 1000] mV as it might have been recorded: {name: (x, shift in samples)}.
+
+    20 dB: white noise of a hundredth of each record's power. Wander: a sine of 0.5 mV and 0.15 to 0.3 Hz in each lead,
+    which then goes through 01's high-pass like every record. Shifts of 0.2 s are circular.
+    """
+    power, t = np.square(x).mean((1, 2), keepdims=True), np.arange(SAMPLES) / RATE
+    frequency, phase = rng.uniform(0.15, 0.3, (len(x), 1, 1)), rng.uniform(0, 2 * np.pi, (*x.shape[:2], 1))
+    return {"20 dB noise": (x + rng.normal(size=x.shape) * np.sqrt(power / 100), 0),
+            "wander": (common.highpass(x + 0.5 * np.sin(2 * np.pi * frequency * t + phase)), 0),
+            "shift +0.2 s": (np.roll(x, 20, 2), 20), "shift -0.2 s": (np.roll(x, -20, 2), -20)}
+
+
+def bridged(x, mask):
+    """x [12, 1000] with the samples of mask [1000] replaced, in every lead, by straight lines between their ends."""
+    t = np.arange(x.shape[1])
+    return np.stack([np.interp(t, t[~mask], lead[~mask]) for lead in x])
+
+
+def elsewhere(mask, rng):
+    """The same cut, circularly moved to where it overlaps mask [1000] least; at random among equally good places."""
+    overlap = np.array([np.roll(mask, shift)[mask].sum() for shift in range(len(mask))])
+    return np.roll(mask, rng.choice(np.flatnonzero(overlap == overlap.min())))
+
+
+@torch.no_grad()
+def respond(network, x, device):
+    """x [N, 12, 1000] -> similarities s [N, P], and every prototype's windows, best first, [N, P, at most 5]."""
+    s, windows = [], []
+    for part in np.array_split(x, 1 + len(x) // 256):
+        z = network.latent(torch.from_numpy(np.ascontiguousarray(part, np.float32)).to(device))
+        s.append(network.scores(z).cpu().numpy())
+        S = common.similarity(z, network.p, network.a)
+        windows.append(S.topk(min(network.top_k, 5, S.shape[2]), 2).indices.cpu().numpy().astype(np.int16))
+    return np.concatenate(s).astype(np.float64), np.concatenate(windows)
+
+
+def faithfulness(network, head, x, X, windows, thresholds, rng, device):
+    """Does the matched window matter? Of each record x [N, 12, 1000] the label that exceeds its threshold most, and of
+    that the prototype with the largest contribution: its best windows (at most five, windows [N, P, k]) are cut out of
+    all leads and bridged, and against that equally long cuts elsewhere. X [N, P] are the standardised scores.
+
+    Returns the mean drop of the similarity and of the logit by either cut (the "comprehensiveness" of DeYoung et al.
+    2020, with a control).
+    """
+    over = np.nan_to_num(X @ head["W"].T + head["b"] - thresholds, nan=-np.inf)
+    label = over.argmax(1)
+    rows = np.flatnonzero(over[np.arange(len(x)), label] >= 0)
+    j = (X * head["W"][label]).argmax(1)                                                    # [N]
+    cut, control = x[rows].copy(), x[rows].copy()
+    for n, i in enumerate(rows):
+        mask = np.zeros(SAMPLES, bool)
+        for w in windows[i, j[i]]:
+            mask[slice(*common.window_samples(network.kind, int(w)))] = True
+        if not mask.all():
+            cut[n], control[n] = bridged(x[i], mask), bridged(x[i], elsewhere(mask, rng))
+    drops = {}
+    for name, changed in (("cut", cut), ("control", control)):
+        X_new = (respond(network, changed, device)[0] - head["mean"]) / head["std"]
+        move = X[rows] - X_new
+        drops[name] = [(move[np.arange(len(rows)), j[rows]] * head["std"][j[rows]]).mean(),
+                       (move * head["W"][label[rows]]).sum(1).mean()]
+    return {f"{what} drop, {name}": drops[name][i] if len(rows) else np.nan
+            for i, what in enumerate(("similarity", "logit")) for name in drops}
+
+
+def stability(seen, head, variants, kind):
+    """Share of records whose class of the highest logit, and for partial prototypes whose best window of that class's
+    largest contributor (to within one latent step of where it should be), stay as they are under every disturbance.
+    seen {variant: (s [N, P], windows [N, P, k])}, variants {variant: (x, shift in samples)}; "" is the undisturbed."""
+    X = {v: (s - head["mean"]) / head["std"] for v, (s, _) in seen.items()}
+    top = {v: (X[v] @ head["W"].T + head["b"]).argmax(1) for v in X}
+    n, j = np.arange(len(X[""])), (X[""] * head["W"][top[""]]).argmax(1)
+    out = {f"top class, {v}": (top[v] == top[""]).mean() for v in X if v}
+    if kind == "partial":
+        best = {v: windows[n, j, 0].astype(float) for v, (_, windows) in seen.items()}
+        out |= {f"window, {v}": (np.abs(best[v] - best[""] - shift / 32) <= 1).mean()
+                for v, (_, shift) in variants.items() if v}
+    return out
+
+
+def interpretability(run, prep, models, device, seed):
+    """{model: {metric: value}} of every prototype model and the fusion in `models`, on fold 10: all of it, or for what
+    needs new forward passes 1,000 of its records. Measured once, kept in RUN/interpretability.json."""
+    names = [n for n in models if n in MODELS and MODELS[n][0] != "blackbox"]
+    files = [*(run / k for n in names for k in models[n]["inputs"]), *(run / n / "classifier.pt" for n in names)]
+    if missing := [f for f in files if not f.is_file()]:
+        sys.exit(f"{missing[0]} is missing: run `python 04_fusion.py` again")
+    made_from = {"prep": common.file_hash(prep.path), **{str(f.relative_to(run)): common.file_hash(f) for f in files}}
+    made_from |= {"05_evaluate.py": common.file_hash(HERE / "05_evaluate.py"), "seed": seed, "models": sorted(models)}
+    path = run / "interpretability.json"
+    kept = common.load_json(path, "05_evaluate.py") if path.is_file() else {}
+    if kept.get("made_from") == made_from:
+        return kept["models"]
+
+    rng, test = np.random.default_rng(seed), np.flatnonzero(prep.test)
+    rows = np.sort(rng.choice(test, min(1000, len(test)), replace=False))
+    x = np.array(prep.signals[rows])
+    variants, found, seen_by, heads = {"": (x, 0), **disturbed(x, rng)}, {}, {}, {}
+    for name in tqdm(names, desc="interpretability", leave=False):
+        (source, *_), maker = models[name]["inputs"], f"04_fusion.py --model {name}"
+        network = common.load_model(run / source, maker, device)[0]
+        saved = common.load_pt(run / name / "classifier.pt", maker)
+        head = heads[name] = {k: saved[k].double().numpy() for k in ("W", "b", "mean", "std")}
+        places = read(run / name / "prototypes.json", f"03_project.py --model {name}", "distinct", "prototypes")
+        scores = common.load_npy(run / name / "scores.npy", maker)
+        if scores.shape != (len(prep.folds), len(network.p)) or len(head["b"]) != len(network.classes):
+            sys.exit(f"{run / name}/scores.npy or classifier.pt does not fit {source}: run `python {maker}` again")
+        own, s = columns(network.classes), scores[prep.test].astype(np.float64)
+        p_class, jaccard = network.p_class.cpu().numpy(), np.array(prep.info["jaccard"])[own][:, own]
+        head["thresholds"] = best_f1_thresholds(prep.labels[prep.val][:, own], models[name]["fold 9"][:, own])
+        seen = seen_by[name] = {v: respond(network, changed, device) for v, (changed, _) in variants.items()}
+        X = [(scores_ - head["mean"]) / head["std"] for scores_ in (s, seen[""][0])]
+        found[name] = {
+            "duplicates": 1 - places["distinct"] / len(places["prototypes"]),
+            "dead": int(((head["W"] == 0).all(0) | (s.std(0) < 0.01 * network.a)).sum()),
+            **geometry(network.p.detach().double().cpu().flatten(1).numpy(), p_class, jaccard),
+            "purity lift": purity_lift(s, prep.labels[prep.test][:, own], p_class),
+            **evidence(X[0], head["W"], head["b"], head["thresholds"]), **stability(seen, head, variants, network.kind)}
+        if network.kind == "partial":
+            found[name] |= faithfulness(network, head, x, X[1], seen[""][1], head["thresholds"], rng, device)
+    if "fusion" in models and all(b in names for b in BRANCHES):
+        saved = common.load_pt(run / "fusion.pt", "04_fusion.py")
+        head = {k: saved[k].double().numpy() for k in ("W", "b", "mean", "std")}
+        own = columns(models["fusion"]["classes"])
+        seen = {v: (np.concatenate([seen_by[b][v][0] for b in BRANCHES], 1), None) for v in variants}
+        thresholds = best_f1_thresholds(prep.labels[prep.val][:, own], models["fusion"]["fold 9"][:, own])
+        s = np.concatenate([common.load_npy(run / b / "scores.npy", "04_fusion.py")[prep.test] for b in BRANCHES], 1)
+        found["fusion"] = {**evidence((s - head["mean"]) / head["std"], head["W"], head["b"], thresholds),
+                           **stability(seen, head, variants, "fusion")}
+    found = {n: {k: v if isinstance(v, int) else rounded(v) for k, v in each.items()} for n, each in found.items()}
+    common.save_json(path, {"format": common.FORMAT, "made_from": made_from, "models": found})
+    return found
+
+
 # Text, all of it made from metrics.json
 
 def number(v, sign=""):
@@ -201,6 +409,28 @@ def cost_table(m):
                    f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]])
 
 
+def interpretability_table(runs):
+    """Rows of measures, a column for each model: runs {suffix of the column: {model: {metric: value}}}."""
+    columns_ = {n + suffix: each for suffix, found in runs.items() for n, each in found.items()}
+
+    def show(metric, each):
+        drops = [each.get(f"{metric}, {cut}") for cut in ("cut", "control")]
+        if None not in drops:  # both cuts, and how many times worse the first is
+            times = f" ({drops[0] / drops[1]:.1f} times)" if drops[0] > 0 and drops[1] > 0 else ""
+            return f"{number(drops[0])}, elsewhere {number(drops[1])}{times}"
+        v = each.get(metric)
+        if v is None or isinstance(v, int):
+            return "–" if v is None else str(v)
+        return f"{v:.1f}" if metric in ("purity lift", "prototypes for 95 %") else f"{v:.3f}"
+
+    rows = []
+    for metric in MEASURES:
+        keys = list(dict.fromkeys(k for each in columns_.values() for k in each if k.startswith(metric + ", ")))
+        keys = [metric] if not keys or "drop" in metric else keys
+        rows += [[k, *(show(k, each) for each in columns_.values())] for k in keys]
+    return table(["", *columns_], rows)
+
+
 def by_group(m):
     """[(group, the prediction that stands for it, {code: [AUROC, low, high, AUPRC, F1, threshold]} best first)]."""
     return [(g, name, {c: v for c, v in sorted(m["per_class"][name].items(), key=lambda item: -(item[1][0] or 0))
@@ -240,6 +470,9 @@ def report(m):
             "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
             "sparse classifier on the prototypes before and after projection; of the black box. Gap: mean of 1 - "
             "cosine of a prototype and the patch that it became. Distinct: different patches within each class.",
+            "## Interpretability", interpretability_table(m["interpretability"]),
+            "On fold 10; what needs disturbed records, on 1,000 of it.\n\n" + "\n".join(
+                f"- {metric}: {definition}" for metric, definition in MEASURES.items()),
             "## Label groups",
             table(["prediction", *(f"{s} ({len(c)})" for s, c in SETS.items())],
                   [[n, *(cell(v) if v[3] else "–" for v in p["groups"].values())] for n, p in predictions.items()]),
@@ -450,6 +683,9 @@ def main():
         per_class[name] = {c: [*macro(aurocs[name], [c])[:3], *map(rounded, np.stack([auprc, f1, thresholds])[:, i])]
                            for i, c in enumerate(CODES) if c in models[name]["classes"]}
 
+    read_out = {"": interpretability(args.run, prep, {n: models[n] for n in own}, args.device, args.seed)}
+    if args.against:
+        read_out[f" of {run_2}"] = interpretability(args.against, prep, theirs, args.device, args.seed)
     differences = {question: {f"{a} - {b}": macro(aurocs[a] - aurocs[b], CODES) for a, b in some if {a, b} <= {*aurocs}}
                    for question, some in pairs.items()}
     metrics = {
@@ -464,7 +700,8 @@ def main():
         "rule": f"Intervals: 95 % percentiles of {DRAWS:,} bootstrap draws by patient (seed {args.seed}), the same for "
                 "all; a class without a positive or a negative in a draw is left out of that draw's mean.",
         "predictions": predictions, "differences": {q: rows for q, rows in differences.items() if rows},
-        "against": against, "cost": [cost_of(n, args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
+        "against": against, "interpretability": read_out,
+        "cost": [cost_of(n, args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
         # which prediction stands for a group of labels in figures and the table of classes: the first that has it
         "shown": {g: n for n in reversed(final) for g in BRANCHES if set(GROUPS[g]) & set(models[n]["classes"])},
         "per_class": per_class}

@@ -6,12 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_auc_score
 
 import common
 from common import BRANCHES, CODES, GROUPS, MODELS, columns
-from conftest import run_stage, sentence, stage
+from conftest import run_stage, sentence, stage, write_joint, write_prep
 
 ev = stage("05_evaluate")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # pytest undoes the stage's own filter
@@ -96,6 +97,7 @@ def evaluate(monkeypatch, run, prep, *more, draws=60, figures=False):
         patch.setattr(ev, "DRAWS", draws)
         for plot in () if figures else ("plot_classes", "plot_roc"):
             patch.setattr(ev, plot, lambda *_: ev.Figure((1, 1)))
+        patch.setattr(ev, "interpretability", lambda *_: {"rhythm": {"dead": 3, "diversity": 0.25}})  # no networks here
         run_stage(patch, "05_evaluate", "--run", run, "--prep", prep.path.parent, "--threads", 1, *more)
     return json.loads((run / "metrics.json").read_text())
 
@@ -116,6 +118,148 @@ def small(tmp_path):
     prep = fake_prep(tmp_path / "prep")
     names = ["rhythm", "rhythm-joint", "rhythm-projected", "rhythm-unprojected", "blackbox-rhythm"]
     return prep, fake_run(tmp_path / "small", prep, names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interpretability
+
+def test_geometry_equals_a_slow_double_loop():
+    rng = np.random.default_rng(0)
+    p, p_class = rng.normal(size=(9, 4, 3)), np.array([0, 0, 0, 1, 1, 2, 2, 2, 3])
+    J = np.array([[1, .1, .5, 0], [.1, 1, .2, .3], [.5, .2, 1, .05], [0, .3, .05, 1]])
+    cosine = [[np.dot(a.ravel(), b.ravel()) / np.sqrt((a**2).sum() * (b**2).sum()) for b in p] for a in p]
+    same = [cosine[i][j] for i in range(9) for j in range(9) if i != j and p_class[i] == p_class[j]]
+    apart = [cosine[i][j] for i in range(9) for j in range(9) if p_class[i] != p_class[j]]
+    pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
+    mean = [np.mean([cosine[i][j] for i in range(9) for j in range(9) if (p_class[i], p_class[j]) == ab])
+            for ab in pairs]
+    rank = [np.argsort(np.argsort(v)) for v in (mean, [J[ab] for ab in pairs])]
+    got = ev.geometry(p, p_class, J)
+    assert got["diversity"] == pytest.approx(1 - np.mean(same), abs=1e-12)
+    assert got["separation"] == pytest.approx(1 - np.mean(apart), abs=1e-12)
+    assert got["agreement"] == pytest.approx(np.corrcoef(rank)[0, 1], abs=1e-12)
+
+
+def test_geometry_of_one_prototype_a_class_and_of_two_classes_is_unknown_not_an_error():
+    got = ev.geometry(np.eye(2), np.array([0, 1]), np.eye(2))
+    assert np.isnan(got["diversity"]) and np.isnan(got["agreement"]) and got["separation"] == 1
+
+
+def test_purity_lift_of_perfect_and_of_blind_prototypes():
+    y = np.zeros((2000, 3))
+    y[:20, 0] = y[5:14, 1] = y[:1000, 2] = 1      # 1 %; too few positives; too common
+    s = np.zeros((2000, 4))
+    s[:20, 0] = 1                                 # all ten nearest carry the label: lift 1 / .01
+    s[1000:, 1] = 1                               # none does
+    assert ev.purity_lift(s, y, np.array([0, 0, 1, 2])) == pytest.approx((100 + 0) / 2)
+    assert np.isnan(ev.purity_lift(s, y[:, 1:], np.array([0, 0, 1, 1])))
+
+
+def test_evidence_equals_a_slow_loop():
+    rng = np.random.default_rng(1)
+    X, W, b = rng.normal(size=(40, 7)), rng.normal(size=(3, 7)), rng.normal(size=3)
+    thresholds = np.array([0.3, -1, np.nan])
+    needed, against = [], []
+    for x in X:
+        for c in range(2):  # a class without a threshold is never predicted
+            terms = W[c] * x
+            if terms.sum() + b[c] >= thresholds[c]:
+                size, most = sorted(abs(terms), reverse=True), 0
+                while sum(size[:most]) < 0.95 * sum(size):
+                    most += 1
+                needed.append(most)
+                against.append(-terms[terms < 0].sum() / sum(size))
+    got = ev.evidence(X, W, b, thresholds)
+    assert got["prototypes for 95 %"] == pytest.approx(np.mean(needed))
+    assert got["negative evidence"] == pytest.approx(np.mean(against))
+    nothing = ev.evidence(X, W, b, np.full(3, np.nan))
+    assert np.isnan([*nothing.values()]).all()
+
+
+def test_bridge_and_the_place_of_the_control():
+    t = np.arange(1000)
+    x, mask = np.stack([np.sin(t / 9), 0.01 * t]), (t >= 100) & (t < 400)
+    cut = ev.bridged(x, mask)
+    assert (cut[:, ~mask] == x[:, ~mask]).all() and np.allclose(cut[1], x[1])        # a straight line stays
+    assert np.allclose(np.diff(cut[0], 2)[99:398], 0, atol=1e-12) and not np.allclose(cut[0], x[0])
+    places = {int(np.flatnonzero(~m & np.roll(m, -1))[0]) for m in
+              (ev.elsewhere(mask, np.random.default_rng(seed)) for seed in range(20))}
+    assert len(places) > 5 and ev.elsewhere(mask, np.random.default_rng(0)).sum() == 300
+    assert all(not (ev.elsewhere(mask, np.random.default_rng(seed)) & mask).any() for seed in range(20))
+
+
+def test_disturbances_are_as_large_as_they_say():
+    x = np.random.default_rng(0).normal(size=(3, 12, 1000)).astype(np.float32)
+    got = ev.disturbed(x, np.random.default_rng(1))
+    noise = got["20 dB noise"][0] - x
+    assert 10 * np.log10((x**2).mean((1, 2)) / (noise**2).mean((1, 2))) == pytest.approx([20, 20, 20], abs=0.2)
+    for name, samples in (("shift +0.2 s", 20), ("shift -0.2 s", -20)):
+        assert got[name][1] == samples and (got[name][0][:, :, 500 + samples] == x[:, :, 500]).all()
+    wander = got["wander"][0] - common.highpass(x)
+    assert 0.02 < np.abs(wander[:, :, 100:900]).max() < 0.3                          # what the filter leaves of 0.5 mV
+
+
+def pattern_network():
+    """A partial branch whose one prototype is found where lead I is high: its "latents" are means of 32 samples."""
+    net = common.ProtoECGNet("partial", ["IMI", "AMI"], [1, 1], common.Config(width=8, top_k=1), latent_dim=2)
+    pool = lambda x: torch.nn.functional.avg_pool1d(torch.nn.functional.pad(x, (16, 8)), 32)  # noqa: E731
+    net.latent = lambda x: torch.cat([pool(x[:, :1]), torch.ones(len(x), 1, 32) * 0.1], 1)    # [B, 2, 32]
+    net.p.data = torch.tensor([[[1.0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 1]]])
+    return net.eval()
+
+
+def test_cutting_the_matched_window_hurts_and_elsewhere_does_not():
+    net = pattern_network()
+    x = np.zeros((4, 12, 1000), np.float32)
+    for i in range(4):  # a plateau centred on latent step 5 + 5 i
+        x[i, :, 32 * (5 + 5 * i) - 40:32 * (5 + 5 * i) + 40] = 1
+    s, windows = ev.respond(net, x, "cpu")
+    assert windows[:, 0, 0].tolist() == [4, 9, 14, 19] and (s[:, 0] > 0.95).all()
+    head = {"W": np.array([[2.0, 0], [0, 1]]), "b": np.zeros(2), "mean": np.zeros(2), "std": np.ones(2)}
+    got = ev.faithfulness(net, head, x, s, windows, np.array([1.0, np.nan]), np.random.default_rng(0), "cpu")
+    assert got["similarity drop, cut"] > 0.4 and abs(got["similarity drop, control"]) < 1e-6
+    assert got["logit drop, cut"] == pytest.approx(2 * got["similarity drop, cut"])
+    nothing = ev.faithfulness(net, head, x, s, windows, np.full(2, np.nan), np.random.default_rng(0), "cpu")
+    assert np.isnan([*nothing.values()]).all()
+
+
+def test_stability_sees_a_window_that_moves_and_a_class_that_changes():
+    net = pattern_network()
+    x = np.zeros((2, 12, 1000), np.float32)
+    x[0, :, 280:360], x[1, :, 600:680] = 1, 1
+    head = {"W": np.diag([2.0, 1]), "b": np.zeros(2), "mean": np.zeros(2), "std": np.ones(2)}
+    moved, gone = np.roll(x, 20, 2), np.stack([np.roll(x[0], 300, 1), 0 * x[1]])
+    variants = {"": (x, 0), "shift": (moved, 20), "gone": (gone, 0)}
+    got = ev.stability({v: ev.respond(net, changed, "cpu") for v, (changed, _) in variants.items()}, head, variants,
+                       "partial")
+    assert got == {"top class, shift": 1, "window, shift": 1, "top class, gone": 0.5, "window, gone": 0}
+
+
+def test_interpretability_of_a_run_is_measured_once(monkeypatch, tmp_path, capsys):
+    """05 after 02-04 with tiny networks: every metric is there, a second call measures nothing, a new model does."""
+    prep = write_prep(tmp_path / "prep", n=120, codes=("SR", "AFIB", "NORM", "IMI", "LVH"))
+    flags = ["--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu", "--threads", 1]
+    for m in BRANCHES:
+        path = write_joint(tmp_path / "run", prep, m)
+        common.save_json(path.with_suffix(".json"), {**common.load_pt(path, "")["meta"], "seconds": 1.0})
+    for name in ("03_project", "04_fusion", "05_evaluate"):
+        run_stage(monkeypatch, name, *flags)
+    first = json.loads((tmp_path / "run" / "metrics.json").read_text())["interpretability"][""]
+    assert set(first) == {"rhythm", "morphology", "global", "fusion"}
+    measured = {k.partition(", ")[0] for each in first.values() for k in each}
+    assert measured == set(ev.MEASURES)
+    assert first["morphology"]["window, wander"] is not None and "window, wander" not in first["rhythm"]
+    text = (tmp_path / "run" / "results.md").read_text()
+    assert all(f"- {metric}: " in text for metric in ev.MEASURES)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "respond", lambda *_: pytest.fail("measured again"))
+        run_stage(patch, "05_evaluate", *flags)
+    assert (tmp_path / "run" / "results.md").read_text() == text
+    (tmp_path / "run" / "rhythm" / "classifier.pt").unlink()
+    with pytest.raises(SystemExit) as e:
+        run_stage(monkeypatch, "05_evaluate", *flags)
+    assert "classifier.pt is missing: run `python 04_fusion.py`" in sentence(e)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
