@@ -409,26 +409,34 @@ def cost_table(m):
                    f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]])
 
 
-def interpretability_table(runs):
-    """Rows of measures, a column for each model: runs {suffix of the column: {model: {metric: value}}}."""
-    columns_ = {n + suffix: each for suffix, found in runs.items() for n, each in found.items()}
+def measure(metric, found):
+    """A metric of interpretability of one model ({metric: value}) as a cell; of a drop both cuts, and their ratio."""
+    drops = [found.get(f"{metric}, {cut}") for cut in ("cut", "control")]
+    if None not in drops:
+        times = f" ({drops[0] / drops[1]:.1f} times)" if drops[0] > 0 and drops[1] > 0 else ""
+        return f"{number(drops[0])}, elsewhere {number(drops[1])}{times}"
+    v = found.get(metric)
+    if v is None or metric == "dead":
+        return "–" if v is None else str(v)
+    return f"{v:.1f}" if metric in ("purity lift", "prototypes for 95 %") else number(v)
 
-    def show(metric, each):
-        drops = [each.get(f"{metric}, {cut}") for cut in ("cut", "control")]
-        if None not in drops:  # both cuts, and how many times worse the first is
-            times = f" ({drops[0] / drops[1]:.1f} times)" if drops[0] > 0 and drops[1] > 0 else ""
-            return f"{number(drops[0])}, elsewhere {number(drops[1])}{times}"
-        v = each.get(metric)
-        if v is None or isinstance(v, int):
-            return "–" if v is None else str(v)
-        return f"{v:.1f}" if metric in ("purity lift", "prototypes for 95 %") else f"{v:.3f}"
 
-    rows = []
+def interpretability_table(columns_):
+    """Rows of metrics, each in its variants: columns_ {heading: [{metric: value} of a model, ...]}, one cell for all
+    models of a column."""
+    measured, rows = dict.fromkeys(k for some in columns_.values() for found in some for k in found), []
     for metric in MEASURES:
-        keys = list(dict.fromkeys(k for each in columns_.values() for k in each if k.startswith(metric + ", ")))
-        keys = [metric] if not keys or "drop" in metric else keys
-        rows += [[k, *(show(k, each) for each in columns_.values())] for k in keys]
+        variants = [k for k in measured if k.startswith(metric + ", ") and "drop" not in metric] or [metric]
+        for k in variants:
+            each = [[measure(k, found) for found in some] for some in columns_.values()]
+            rows.append([k, *(" / ".join(c for c in cells if c != "–" or len(cells) == 1) or "–" for cells in each)])
     return table(["", *columns_], rows)
+
+
+def definitions():
+    """What the rows of interpretability_table mean, as a list."""
+    return "On fold 10; what needs changed records, on 1,000 of it.\n\n" + "\n".join(
+        f"- {metric}: {definition}" for metric, definition in MEASURES.items())
 
 
 def by_group(m):
@@ -470,9 +478,9 @@ def report(m):
             "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
             "sparse classifier on the prototypes before and after projection; of the black box. Gap: mean of 1 - "
             "cosine of a prototype and the patch that it became. Distinct: different patches within each class.",
-            "## Interpretability", interpretability_table(m["interpretability"]),
-            "On fold 10; what needs disturbed records, on 1,000 of it.\n\n" + "\n".join(
-                f"- {metric}: {definition}" for metric, definition in MEASURES.items()),
+            "## Interpretability", interpretability_table(
+                {n + suffix: [found] for suffix, some in m["interpretability"].items() for n, found in some.items()}),
+            definitions(),
             "## Label groups",
             table(["prediction", *(f"{s} ({len(c)})" for s, c in SETS.items())],
                   [[n, *(cell(v) if v[3] else "–" for v in p["groups"].values())] for n, p in predictions.items()]),
@@ -527,6 +535,14 @@ def readme():
                    f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
                    cost_table(first),
                    f"Minutes of Stage 1 on {first['hardware']}: {times or 'not known'}."]
+    kinds = {}  # interpretability side by side, of the first run of a kind
+    for run in sorted(runs, key=lambda r: (r["recipe"], -r["contrastive"], r["width"], r["seed"])):
+        what = f"{run['recipe']}{'' if run['contrastive'] else ', no contrastive'}, width {run['width']}"
+        if set(BRANCHES) <= set(found := run.get("interpretability", {}).get("", {})):
+            kinds.setdefault(what, [found[m] for m in (*BRANCHES, "fusion") if m in found])
+    if kinds:
+        tables += ["**Interpretability** (rhythm / morphology / global / fusion, where it applies)",
+                   interpretability_table(kinds), definitions()]
     with common.replacing(path) as t:
         t.write_text("\n\n".join([text.split(begin)[0] + begin, *tables, end]) + text.split(end)[1], encoding="utf-8")
     print(f"{path.name}: tables of {len(runs)} runs")

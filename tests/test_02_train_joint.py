@@ -9,7 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, change_prep, run_stage, sentence, stage
+from conftest import ROOT, change_prep, run_stage, sentence, stage, write_joint
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
 
 import common
 
@@ -36,6 +38,31 @@ def test_training_separates_what_can_be_separated(tiny_prep, tmp_path, monkeypat
     log = [json.loads(line) for line in (run / "blackbox-1d" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["bce"] < 0.7 * log[0]["bce"]
     assert json.loads((run / "blackbox-1d" / "joint.json").read_text())["val_auroc"] > 0.75
+
+
+def test_black_box_head_is_the_logistic_regression_that_fold_9_prefers(tiny_prep, tmp_path):
+    """Against scikit-learn's solution at each strength; and a head that nothing beats on fold 9 stays as it is."""
+    prep = tiny_prep(n=200)
+    write_joint(tmp_path, prep, "blackbox-1d")
+    net, _ = common.load_model(tmp_path / "blackbox-1d" / "joint.pt", "")
+    own, cpu = common.columns(net.classes), torch.device("cpu")
+    h = [common.batched(lambda x: net(x)[1], prep, np.flatnonzero(m), cpu).double() for m in (prep.train, prep.val)]
+    X, X_val = ((part - h[0].mean(0)) / h[0].std(0).clamp_min(1e-6) for part in h)
+    y, y_val = prep.labels[prep.train][:, own], prep.labels[prep.val][:, own]
+    expected = {common.macro_auroc(y_val, net.head(h[1].float()).detach().numpy()): None}
+    for l2 in (0.1, 0.03, 0.01, 0.003):
+        solver = LogisticRegression(C=1 / (l2 * len(y)), tol=1e-8, max_iter=3000)
+        fits = [clone(solver).fit(X, y[:, c]) for c in range(len(own))]
+        logits = np.stack([fit.decision_function(X_val) for fit in fits], 1)
+        expected[common.macro_auroc(y_val, logits)] = logits
+    got = stage("02_train_joint").refit_black_box(net, prep, cpu)
+    assert got == pytest.approx(max(expected), abs=1e-3) and expected[max(expected)] is not None
+    np.testing.assert_allclose(net.head(h[1].float()).detach(), expected[max(expected)], atol=0.1)
+
+    net.head.weight.data[:], net.head.bias.data[:] = 0, 0
+    worse = change_prep(tmp_path / "prep", labels=np.where(prep.train[:, None], prep.labels, 1 - prep.labels))
+    stage("02_train_joint").refit_black_box(net, worse, cpu)  # fold 9 contradicts folds 1-8: AUROC .5 is the best there
+    assert (net.head.weight == 0).all() and (net.head.bias == 0).all()
 
 
 @pytest.mark.parametrize("model", ["rhythm", "morphology", "global", "all-1d", "all-partial", "all-global"])
