@@ -10,6 +10,7 @@ writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for 
     python 05_evaluate.py                        everything that 04 has predicted in the run
     python 05_evaluate.py --against runs/plain   also paired differences to another run, such as one without contrastive
                                                  loss, which then fills that column of the paper's tables
+    python 05_evaluate.py --ensemble runs/b runs/c      also the mean of these runs' 1D black boxes and ours
     python 05_evaluate.py --save NAME            also keep the numbers as tests/results/NAME.json
     python 05_evaluate.py --ratings A.json B.json       the paper's Table 3 from files that 06's review page exported
     python 05_evaluate.py --readme               only write the README's tables from tests/results/*.json
@@ -18,9 +19,11 @@ Takes 10 to 20 s on 2 CPU cores; no GPU needed.
 Last line: `runs/default: fusion .9321 [.9250, .9390] over 71 classes -> runs/default/results.md`, with your numbers.
 """
 import itertools
+import json
 import re
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +43,7 @@ DRAWS, BATCH, RARE = 1000, 32, 10  # bootstrap draws; the authors' batch; a clas
 SETS = {**{b: GROUPS[b] for b in BRANCHES},  # Strodthoff et al. 2021 count four of the 16 as diagnostic statements
         "Strodthoff's rhythm": [c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]}
 STEPS = ("-joint", "-projected", "-unprojected")  # predictions on the way to a model's final one
-ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro"]
+ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro", "blackbox-ensemble"]
 PAPER = [  # Tables 1 and 2: setting, prediction, AUROC without and with contrastive loss, black box, its AUROC
     ("rhythm branch, 16 labels", "rhythm", .8730, .8758, "blackbox-rhythm", None),
     ("morphology branch, 52", "morphology", .9023, .9056, "blackbox-morphology", None),
@@ -72,7 +75,8 @@ PAIRS = {  # paired differences, first - second, by the question that they answe
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
     "As good as a black box? (4.3)": [(name, box) for _, name, _, _, box, _ in PAPER if box] + [
-        (m, "blackbox-1d") for m in (*BRANCHES, "fusion", "fusion-own")] + [("fusion", "blackbox-macro")],
+        (m, "blackbox-1d") for m in (*BRANCHES, "fusion", "fusion-own")] + [
+        ("fusion", "blackbox-macro"), ("fusion", "blackbox-ensemble")],
     "Cost of projection, and of own-class weights alone (3.5)": [
         (m, f"{m}-unprojected") for m in ("fusion", "fusion-own", *MODELS)] + [("fusion-own", "fusion")]}
 
@@ -433,6 +437,15 @@ def interpretability_table(columns_):
     return table(["", *columns_], rows)
 
 
+def answer(question, v):
+    """Yes or no to a question of the paper's section 4, from a paired difference [value, low, high]."""
+    if "Cost" in question:
+        return "–"
+    if v[1] > 0:
+        return "yes, better" if "as good" in question.lower() else "yes"
+    return "no" if v[2] < 0 else "yes, cannot be told apart" if "as good" in question.lower() else "cannot be told"
+
+
 def definitions():
     """What the rows of interpretability_table mean, as a list."""
     return "On fold 10; what needs changed records, on 1,000 of it.\n\n" + "\n".join(
@@ -502,7 +515,7 @@ def report(m):
 
 def readme():
     """Write the tables of tests/results/*.json between README.md's two markers, pooling runs that differ in seed."""
-    keys = "recipe seed width contrastive config counts predictions cost trained hardware".split()
+    keys = "recipe seed width contrastive config counts predictions differences cost trained hardware".split()
     runs = [read(f, "05_evaluate.py --save NAME", *keys) for f in sorted((HERE / "tests" / "results").glob("*.json"))]
     path, begin, end = HERE / "README.md", "<!-- results:begin -->", "<!-- results:end -->"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -510,31 +523,47 @@ def readme():
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
     if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
         sys.exit(f"{path.name} needs one line {begin} and below it one line {end}: add them")
-    same = {}  # one table for all runs that differ in nothing but seed and contrastive loss
+    same = {}  # runs that differ in nothing but seed and contrastive loss, by what they have in common
     for run in runs:
-        recipe = common.RECIPES[run["recipe"]]
-        other = [f"{k} {v}" for k, v in run["config"].items() if not k.startswith(("seed", "width", "lambda"))
-                 and (tuple(v) if isinstance(v, list) else v) != getattr(recipe, k, None)]
-        what = [f"{run['recipe']} recipe", f"width {run['width']}", *other, f"{run['counts']['test']:,} test records"]
-        same.setdefault(", ".join(what), []).append(run)
+        base = common.replace(common.RECIPES[run["recipe"]], seed=run["seed"], width=run["width"])
+        base = asdict(base if run["contrastive"] else common.without_contrastive(base))
+        changed = [f"{k} {v}" for k, v in run["config"].items() if k in base and v != json.loads(json.dumps(base[k]))]
+        what = f"{run['recipe']} recipe, width {run['width']}, {run['counts']['test']:,} test records"
+        same.setdefault((what, ", ".join(changed)), []).append(run)
 
-    def pooled(some, name, contrastive):
+    def pooled(some, name, contrastive, key="auroc"):
         """Value [interval] of one seed, or mean ± standard deviation over several."""
-        found = {r["seed"]: r["predictions"][name]["auroc"] for r in some
+        found = {r["seed"]: r["predictions"][name][key] for r in some
                  if name in r["predictions"] and contrastive in (None, r["contrastive"])}
-        if len(found) < 2:
-            return cell(*found.values()) if found else "not run"
-        values = [v[0] for v in found.values()]
+        values = [v[0] if key == "auroc" else v for v in found.values()]
+        if len(values) < 2:
+            return "not run" if not values else cell(*found.values()) if key == "auroc" else number(values[0])
         return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds)"
 
-    tables = []
-    for what, some in sorted(same.items()):
-        first = some[0]
+    tables, ablations = [], []
+    for (what, changed), some in sorted(same.items()):
+        names = ("fusion", "fusion-own", *BRANCHES)
+        ablations += [[f"{what.partition(',')[0]}, {what.split(', ')[1]}: {changed or 'as it is'}"
+                       f"{'' if contrastive else ', no contrastive'}",
+                       *(pooled(those, n, None, key) for n in names for key in ("fold 9", "auroc"))]
+                      for contrastive in (True, False)
+                      if (those := [r for r in some if r["contrastive"] == contrastive])]
+        if changed:
+            continue
+        first = min(some, key=lambda r: (not r["contrastive"], r["seed"]))
         times = ", ".join(f"{n} {t['seconds'] / 60:.0f}" for n, t in first["trained"].items() if t.get("seconds"))
         tables += [f"**{what}**", paper_table(lambda *a: pooled(some, *a)),
                    f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
                    cost_table(first),
-                   f"Minutes of Stage 1 on {first['hardware']}: {times or 'not known'}."]
+                   f"Minutes of Stage 1 on {first['hardware']}: {times or 'not known'}.",
+                   f"Paired differences on the test set, seed {first['seed']}:",
+                   table(["question", "difference", "AUROC [95 %]", "answer"],
+                         [[question, pair, cell(v[:3], "+"), answer(question, v)] for r in some
+                          if r["seed"] == first["seed"] for question, rows in r["differences"].items()
+                          if r is first or "4.2" in question for pair, v in rows.items() if v[3]])]
+    if any(changed for _, changed in same):
+        tables += ["**Ablations** (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
+                   table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations)]
     kinds = {}  # interpretability side by side, of the first run of a kind
     for run in sorted(runs, key=lambda r: (r["recipe"], -r["contrastive"], r["width"], r["seed"])):
         what = f"{run['recipe']}{'' if run['contrastive'] else ', no contrastive'}, width {run['width']}"
@@ -647,6 +676,8 @@ def plot_roc(m, y, models):
 def main():
     p = common.argument_parser(__doc__)
     p.add_argument("--against", type=Path, metavar="RUN2", help="another run on the same arrays to compare with")
+    p.add_argument("--ensemble", type=Path, nargs="+", default=[], metavar="RUN2",
+                   help="also evaluate the mean of the logits of these runs' blackbox-1d and this run's")
     p.add_argument("--save", metavar="NAME", help="keep the numbers as tests/results/NAME.json")
     p.add_argument("--readme", action="store_true", help="only write the README's tables from tests/results/*.json")
     p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="Table 3 from exported review files")
@@ -657,6 +688,12 @@ def main():
         return ratings_table(args.ratings)
     prep = common.load_prep(args.prep)
     models, joint, stale = load_run(args.run, prep, args.force)
+    if args.ensemble:
+        boxes = [models, *(load_run(other, prep, args.force)[0] for other in args.ensemble)]
+        if lacking := [r for r, m in zip([args.run, *args.ensemble], boxes) if "blackbox-1d" not in m]:
+            sys.exit(f"{lacking[0]} has no predictions of blackbox-1d: run `python 04_fusion.py --run {lacking[0]}`")
+        models["blackbox-ensemble"] = {**models["blackbox-1d"], **{
+            fold: np.mean([m["blackbox-1d"][fold] for m in boxes], 0) for fold in ("fold 9", "fold 10")}}
     for name in set(args.model or []) - set(models):
         sys.exit(f"{args.run} has no predictions of {name}: run `python 04_fusion.py --model {name}` first")
     final, pairs, against = [n for n in models if not n.endswith(STEPS)], dict(PAIRS), {}
@@ -667,7 +704,11 @@ def main():
         against[run_2] = next(iter(joint_2.values()))["config"]["lambda_cntrst"] != 0
         models.update({f"{n} of {run_2}": theirs[n] for n in own if n in theirs})
         final += [f"{n} of {run_2}" for n in own if n in theirs]
-        pairs["Against RUN2 (4.2, if only the contrastive loss differs)"] = [(n, f"{n} of {run_2}") for n in own]
+        other = next(iter(joint_2.values()))["config"]
+        only = all(k.startswith("lambda") or setting[k] == v for k, v in other.items()) and against[run_2] != (
+            setting["lambda_cntrst"] != 0)
+        question = "Does the contrastive loss help? (4.2)" if only and not against[run_2] else f"Against {run_2}"
+        pairs[question] = [(n, f"{n} of {run_2}") for n in own]
 
     # AUROCs of every prediction with the same draws of patients
     y_val, y = prep.labels[prep.val], prep.labels[prep.test]

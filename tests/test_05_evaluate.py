@@ -50,11 +50,11 @@ def fake_prep(folder, sizes=(60, 150, 170), seed=0):
     return common.load_prep(folder)
 
 
-def fake_run(run, prep, names=EVERY, seed=42, contrastive=True, width=64):
+def fake_run(run, prep, names=EVERY, seed=42, contrastive=True, width=64, **settings):
     """A RUN in which the predictions `names` are the labels plus noise; each model's files hold only its name."""
     rng = np.random.default_rng([seed, contrastive, width])
     later = prep.val | prep.test
-    cfg = common.Config(seed=seed, width=width)
+    cfg = common.Config(seed=seed, width=width, **settings)
     cfg = cfg if contrastive else common.without_contrastive(cfg)
     saved = {"format": common.FORMAT, "inputs": {"prep": common.file_hash(prep.path)}, "models": {}}
     for name in [m for m in MODELS if m in names]:
@@ -499,7 +499,7 @@ def test_against_another_run(monkeypatch, small, tmp_path):
     plain = fake_run(tmp_path / "plain", prep, ["rhythm", "rhythm-joint"], contrastive=False)
     metrics = evaluate(monkeypatch, run, prep, "--against", plain)
     assert metrics["against"] == {"plain": False}
-    rows = metrics["differences"]["Against RUN2 (4.2, if only the contrastive loss differs)"]
+    rows = metrics["differences"]["Does the contrastive loss help? (4.2)"]
     ours, theirs = (metrics["predictions"][n]["auroc"][0] for n in ("rhythm", "rhythm of plain"))
     assert list(rows) == ["rhythm - rhythm of plain"]
     assert rows["rhythm - rhythm of plain"][0] == pytest.approx(ours - theirs, abs=2e-5)
@@ -509,12 +509,35 @@ def test_against_another_run(monkeypatch, small, tmp_path):
     assert {r["name"] for r in metrics["cost"]} == {"rhythm"}
 
 
+def test_ensemble_is_the_mean_of_the_black_boxes_logits(monkeypatch, tmp_path, small):
+    prep, _ = small
+    runs = [fake_run(tmp_path / f"r{seed}", prep, ["blackbox-1d"], seed=seed) for seed in (1, 2, 3)]
+    metrics = evaluate(monkeypatch, runs[0], prep, "--ensemble", *runs[1:])["predictions"]
+    mean = np.mean([np.load(r / "logits_blackbox-1d.npy") for r in runs], 0)[prep.test[prep.val | prep.test]]
+    y = prep.labels[prep.test]
+    each = [roc_auc_score(y[:, c], mean[:, c]) for c in range(71) if np.isfinite(mean[0, c]) and 0 < y[:, c].sum()]
+    assert metrics["blackbox-ensemble"]["auroc"][0] == pytest.approx(np.mean(each), abs=2e-5)
+    assert metrics["blackbox-ensemble"]["auroc"][0] > metrics["blackbox-1d"]["auroc"][0]
+    lacking = fake_run(tmp_path / "lacking", prep, ["rhythm"])
+    with pytest.raises(SystemExit) as error:
+        evaluate(monkeypatch, runs[0], prep, "--ensemble", lacking)
+    assert f"run `python 04_fusion.py --run {lacking}`" in sentence(error)
+
+
+@pytest.mark.parametrize("value, better, as_good", [
+    ([.02, .01, .03], "yes", "yes, better"), ([-.02, -.03, -.01], "no", "no"),
+    ([.01, -.01, .03], "cannot be told", "yes, cannot be told apart")])
+def test_answers_follow_the_interval(value, better, as_good):
+    assert ev.answer("Do three branches beat one? (4.1)", value) == better
+    assert ev.answer("As good as a black box? (4.3)", value) == as_good
+
+
 def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     prep, run = small
     monkeypatch.setattr(ev, "HERE", tmp_path / "home")
     page = tmp_path / "home" / "README.md"
     page.parent.mkdir()
-    page.write_text("# Größe\n\nbefore\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nafter")
+    page.write_text("# Größe\n\nbefore\n\n<!-- results:begin -->\nstale\n<!-- results:end -->\n\nafter")
     with pytest.raises(SystemExit) as error:
         run_stage(monkeypatch, "05_evaluate", "--readme")
     assert "--save" in sentence(error)
@@ -534,11 +557,19 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     assert page.read_text() == once
     assert once.startswith("# Größe\n\nbefore\n\n<!-- results:begin -->")
     assert once.endswith("<!-- results:end -->\n\nafter")
-    assert "old" not in once
+    assert "stale" not in once and "Ablations" not in once
     assert f"{ev.number(np.mean(values[:3]))} ± {ev.number(np.std(values[:3], ddof=1))} (3 seeds)" in once
-    wide, narrow = sorted(once.split("**default recipe, width ")[1:], reverse=True)
+    narrow, wide = once.split("**Interpretability**")[0].split("**default recipe, width ")[1:]
     assert wide.startswith("64, 170 test records**") and narrow.startswith("32, 170 test records**")
     assert ev.number(values[3]) in wide and "seeds" not in narrow and ev.number(values[4]) in narrow
+    other = fake_run(tmp_path / "ablation", prep, ["rhythm"], top_k=30, a=(1.0, 2.0, 1.0))
+    metrics = evaluate(monkeypatch, other, prep, "--save", "ablation")["predictions"]["rhythm"]
+    run_stage(monkeypatch, "05_evaluate", "--readme")
+    table = page.read_text().partition("**Ablations**")[2]
+    assert page.read_text().partition("**Ablations**")[0].count("**default recipe, width 64") == 1  # no table of its own
+    row = next(line for line in table.splitlines() if "width 64: a [1.0, 2.0, 1.0], top_k 30" in line)
+    assert ev.cell(metrics["auroc"]) in row and ev.number(metrics["fold 9"]) in row
+    assert "width 64: as it is " in table and "width 64: as it is, no contrastive " in table and "(3 seeds)" in table
     page.write_text("no markers")
     with pytest.raises(SystemExit) as error:
         run_stage(monkeypatch, "05_evaluate", "--readme")
