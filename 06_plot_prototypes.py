@@ -5,7 +5,8 @@ II, 25 mm/s and 10 mm/mV on a 1 mm grid, in true size when printed at 100 %. Wha
 0.94 s of all leads (morphology, with an enlarged cut-out), the lead II strip (rhythm), or nothing, all of it (global).
 
 reads   PREP/*.npy, RUN/MODEL/prototypes.json; for a case also projected.pt, RUN/fusion.pt (without it, or with --model,
-        RUN/MODEL/classifier.pt) and RUN/logits_*.npy, whose fold 9 gives each label its threshold (best F1)
+        RUN/MODEL/classifier.pt) and RUN/logits_*.npy, whose fold 9 gives each label its threshold (best F1; probability
+        .5 for a label with fewer than 10 positives there, of which a threshold would be chance)
 writes  RUN/figures/gallery.html and RUN/figures/MODEL/*.png; of a case RUN/cases/NAME.pdf, the same pages as
         NAME/fusion_LABEL_1.png, and NAME.json with all that they show; RUN/review.html
 
@@ -56,6 +57,7 @@ NAMES = [lead.replace("AV", "aV") for lead in LEADS]
 MM_S, MM_MV = 25, 10  # paper speed and gain
 LEFT, WIDTH = 15, 270  # mm: where the traces begin, and the grid's width; ten seconds are 250 mm
 PULSE = np.array([(5, 0), (6, 0), (6, -10), (11, -10), (11, 0), (12, 0)])  # 1 mV for 0.2 s, in mm before a row
+FEWEST = 10  # positives in fold 9 that a label needs for a threshold of its own
 DPI = 127  # 5 pixels per mm, so that every grid line falls on whole pixels
 BLUE = "#0b4f8a"  # stands out from the red grid with any colour vision, and is dark in grey print
 
@@ -353,8 +355,9 @@ def load_classifiers(args, prep):
         if logits.shape != (later.sum(), len(CODES)):
             sys.exit(f"{args.run}/logits_{name}.npy is of other records: run `python {maker}` again")
         own = common.columns(head.classes)
-        best = common.best_f1_thresholds(prep.labels[prep.val][:, own], logits[prep.val[later]][:, own])
-        head.thresholds = np.nan_to_num(best)                     # probability .5 for a label without a fold-9 positive
+        y_val = prep.labels[prep.val][:, own]
+        best = common.best_f1_thresholds(y_val, logits[prep.val[later]][:, own])
+        head.thresholds = np.where(y_val.sum(0) >= FEWEST, best, 0.0)
         found.append(head)
     return found
 
@@ -406,7 +409,8 @@ def page(x, x_source, title, true, r, q, words):
     write(ax, 8, 11, f"{title}: {words[r['label']]}", 8, weight="bold")
     verdict = "predicted: it reaches" if r["predicted"] else "not predicted: it stays below"
     text = f"probability {r['probability']:.3g} by the {r['classifier']} classifier ({verdict} the threshold "
-    write(ax, 8, 19, f"{text}{r['threshold']:.3g}, chosen on fold 9)", 5)
+    why = f", fold 9 has fewer than {FEWEST} positives" if r["threshold"] == 0.5 else ", chosen on fold 9"
+    write(ax, 8, 19, f"{text}{r['threshold']:.3g}{why})", 5)
 
     # The sum: contributions + bias = logit
     lines = [f"  {'prototype':66}{'taken from':40}{'similarity':>10}{'training mean (sd)':>20}{'difference in sd':>19}"

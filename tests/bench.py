@@ -139,7 +139,7 @@ def readme():
     for file in sorted((ROOT / "tests" / "results" / "bench").glob("*.json")):
         m = json.loads(file.read_text())
         tables.append(f"**{m['hardware']}**, {m['threads']} threads, width {m['width']}, {m['training_records']:,} "
-                      f"training records, {m['type']} ({m["peak GFLOP/s"]:,} GFLOP/s at most), torch {m['torch']}")
+                      f"training records, {m['type']} ({m['peak GFLOP/s']:,} GFLOP/s at most), torch {m['torch']}")
         cells = [["–" if r[k] is None else f"{r[k]:.1%}" if k == "share of peak" else str(r[k]) for k in HEAD]
                  for r in m["rows"]]
         tables.append(importlib.import_module("05_evaluate").table(HEAD, cells))
