@@ -573,9 +573,9 @@ def read_config(path, cfg):
         if k not in old:
             sys.exit(f"{path}: {k} is no setting; Config in common.py lists them")
         values, likes = (v, old[k]) if isinstance(v, list) and isinstance(old[k], tuple) else ([v], [old[k]])
-        if len(values) != len(likes) or v not in CHOICES.get(k, [v]) or not all(
-                type(a) in (type(b), int if type(b) is float else None) and (type(a) in (str, bool) or 0 <= a < math.inf)
-                for a, b in zip(values, likes)):
+        right = all(type(a) in (type(b), int if type(b) is float else None) for a, b in zip(values, likes))
+        if not right or len(values) != len(likes) or v not in CHOICES.get(k, [v]) or not all(
+                0 <= a < math.inf for a in values if not isinstance(a, str)):
             sys.exit(f"{path}: {k} cannot be {common.json.dumps(v)}; an example is {common.json.dumps(old[k])}")
     if new.get("recipe", cfg.recipe) != cfg.recipe:
         sys.exit(f"{path} is of the {new['recipe']} recipe: add --recipe {new['recipe']}")
