@@ -7,15 +7,15 @@ real training windows; `--recipe paper` starts as the authors do. Fold 10 is nev
 reads   PREP/*.npy, preprocess.json; what a model starts from: RUN/blackbox-1d/joint.pt, ImageNet weights, or for
         --round 2 RUN/MODEL/projected.pt
 writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log.jsonl with a line per epoch,
-        last.pt to resume from
+        last.pt to resume from; with --tune only RUN/MODEL/tuned.json
 
     python 02_train_joint.py                     the three branches: rhythm, morphology, global
     python 02_train_joint.py --model rhythm      one of them
     python 02_train_joint.py --recipe paper      the authors' settings, in runs/paper
     python 02_train_joint.py --resume            after an interruption: finished models are kept
-    torchrun --nproc_per_node=4 02_train_joint.py             on four GPUs
-    python 02_train_joint.py --model rhythm --tune 200 --study sqlite:///tune.db     a search for better settings, in
-                                                 RUN/rhythm/tuned.json, which --config takes
+    torchrun --nproc_per_node=4 -- 02_train_joint.py         on four GPUs
+    python 02_train_joint.py --model rhythm --tune 200 --study sqlite:///tune.db
+                                                 search better settings: RUN/MODEL/tuned.json, which --config takes
 
 Takes, on 2 busy CPU cores with AVX512-bf16 at --width 32, about 20 s for an epoch of the black box (60) and 25-40 s for
 one of a branch (6): 34 minutes in all. Not yet timed on a GPU.
@@ -534,7 +534,7 @@ def tune(name, args, cfg, prep):
     study.set_user_attr("about", about)
 
     def objective(trial):
-        study.sampler = optuna.samplers.TPESampler(seed=args.seed + trial.number)
+        study.sampler = optuna.samplers.TPESampler(seed=(10**4 * args.seed + trial.number) % 2**32)
 
         def report(epoch, auroc):
             trial.report(auroc, epoch)
