@@ -336,6 +336,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     if RANK:
         dist.barrier()  # until rank 0 has written
         return best
+
     best_epoch = next((e["epoch"] for e in log if e["val_auroc"] == best), 0)
     meta.update(val_auroc=best, epochs=len(log), best_epoch=best_epoch)
     with common.replacing(folder / f"log{suffix}.jsonl") as t:
