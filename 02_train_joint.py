@@ -513,20 +513,18 @@ def tune(name, args, cfg, prep):
     COMPLETE, PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     i, out = list(common.WINDOW).index(MODELS[name][0]), args.run / name / "tuned.json"
 
-    def open_study():
-        storage = args.study if "://" in args.study else optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(args.study))
-        return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True,
-                                   pruner=optuna.pruners.MedianPruner())
-
-    try:
+    for attempt in (1, 2):
         try:
-            study = open_study()
-        except Exception:  # perhaps another worker was creating the same tables
-            time.sleep(2)
-            study = open_study()
-    except Exception as e:  # every database has its own kinds
-        sys.exit(f"--study {args.study} cannot be opened ({str(e).splitlines()[0]}): give sqlite:///FILE or FILE")
+            storage = args.study if "://" in args.study else optuna.storages.JournalStorage(
+                optuna.storages.journal.JournalFileBackend(args.study))
+            study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True,
+                                        pruner=optuna.pruners.MedianPruner())
+            break
+        except Exception as e:  # every database has its own kinds
+            if attempt == 2:
+                sys.exit(f"--study {args.study} cannot be opened ({str(e).splitlines()[0]}): "
+                         "give sqlite:///FILE or FILE")
+            time.sleep(2)  # perhaps another worker was creating the same tables
     about = common.json.loads(common.json.dumps({
         "search": sorted(set(args.search)), "config": dataclasses.asdict(cfg),
         "inputs": {"prep": common.file_hash(prep.path), **sources(name, args, cfg, prep)}}))

@@ -235,7 +235,7 @@ def test_weighted_sampler_draws_rare_labels_more_often():
 # ---------------------------------------------------------------------------------------------------------------------
 # More than one process
 
-EXACT = ["--dropout", "0", "--pool", "mean", "--augment", "no", "--batch", "47", "--epochs", "2"]  # last batch of one
+EXACT = ["--dropout", "0", "--pool", "mean", "--augment", "no", "--epochs", "2", "--batch", "47"]  # of 48 records
 RANKS = """
 import importlib, pathlib, sys
 sys.path.insert(0, {root!r})
@@ -411,8 +411,15 @@ def test_hopeless_trials_end_early(tiny_prep, tmp_path, monkeypatch):
     assert [list(t.intermediate_values) for t in trials(str(tmp_path / "diverged.log"))] == [[]]
 
 
-def test_tuning_errors_are_one_sentence(tiny_prep, tmp_path, monkeypatch):
+def test_tuning_errors_are_one_sentence(tiny_prep, tmp_path, monkeypatch, capsys):
     tiny_prep()
+    (tmp_path / "none.json").write_text('{"per_class": [0, 18, 7]}')
+    for wrong, says in ((["--tune", 3], "--study"), (["--study", "x"], "--tune"), (["--tune", 0, "--study", "x"], "1"),
+                        (["--tune", 3, "--study", "x"], "--model"), (["--config", tmp_path / "none.json"], "per_class"),
+                        (["--model", "blackbox-1d", "--tune", 3, "--study", "x"], "prototype model")):
+        with pytest.raises(SystemExit) as e:
+            train(monkeypatch, tmp_path, "run", *wrong)
+        assert e.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
     flags = ["--model", "rhythm", "--tune", 1, "--study", tmp_path / "tune.log", "--start", "random"]
     with pytest.raises(SystemExit) as e:  # the black box must be there, lest every worker trains it
         train(monkeypatch, tmp_path, "run", *flags[:-2])
