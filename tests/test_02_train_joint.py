@@ -252,7 +252,7 @@ def call(run):
 
 
 def two_ranks(tmp_path, body, *flags):
-    """Run `body`, which may `call` the stage with `flags` into a run, in two gloo processes; returns what they print."""
+    """Run `body`, which may `call` the stage with `flags` into a run, in two gloo processes; returns their output."""
     flags = ["--prep", str(tmp_path / "prep"), *map(str, SMALL), "--blackbox-epochs", "2", *flags]
     (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), flags=flags) + body)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
