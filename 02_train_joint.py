@@ -7,12 +7,15 @@ real training windows; `--recipe paper` starts as the authors do. Fold 10 is nev
 reads   PREP/*.npy, preprocess.json; what a model starts from: RUN/blackbox-1d/joint.pt, ImageNet weights, or for
         --round 2 RUN/MODEL/projected.pt
 writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log.jsonl with a line per epoch,
-        last.pt to resume from
+        last.pt to resume from; with --tune only RUN/MODEL/tuned.json
 
     python 02_train_joint.py                     the three branches: rhythm, morphology, global
     python 02_train_joint.py --model rhythm      one of them
     python 02_train_joint.py --recipe paper      the authors' settings, in runs/paper
     python 02_train_joint.py --resume            after an interruption: finished models are kept
+    torchrun --nproc_per_node=4 -- 02_train_joint.py         on four GPUs
+    python 02_train_joint.py --model rhythm --tune 200 --study sqlite:///tune.db
+                                                 search better settings: RUN/MODEL/tuned.json, which --config takes
 
 Takes, on 2 busy CPU cores with AVX512-bf16 at --width 32, about 20 s for an epoch of the black box (60) and 25-40 s for
 one of a branch (6): 34 minutes in all. Not yet timed on a GPU.
@@ -20,11 +23,17 @@ Last line: `runs/default: rhythm 0.9500, morphology 0.9000, global 0.9400 (fold-
 """
 import copy
 import dataclasses
+import datetime
+import importlib
+import math
+import os
 import sys
+import tempfile
 import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from torch.optim import lr_scheduler
@@ -32,6 +41,7 @@ from torch.optim import lr_scheduler
 import common
 from common import CHOICES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
 
+RANK, WORLD = [int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")] if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
 SCHEDULERS = {  # optimizer, learning rate, steps in all, steps of an epoch -> a torch scheduler, stepped every step
     "constant": lambda o, lr, steps, epoch: lr_scheduler.ConstantLR(o, 1.0),
     "cosine": lambda o, lr, steps, epoch: lr_scheduler.CosineAnnealingLR(o, steps),
@@ -84,12 +94,58 @@ def bfloat16_is_fast(device):
     return any(getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
+class AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(None, grad)
+
+
+class BatchNormOverRanks(torch.nn.BatchNorm1d):
+    """Batch norm over the records of all ranks on the CPU, for which torch.nn.SyncBatchNorm is not made."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dtype, x = x.dtype, x.float()                                            # [B of this rank, C, L], B may be 0
+        n = AllReduce.apply(x.new_tensor(x[:, 0].numel()))
+        mean = AllReduce.apply(x.sum((0, 2))) / n                                # [C]
+        variance = AllReduce.apply((x - mean[:, None]).square().sum((0, 2))) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return ((x - mean[:, None]) * scale[:, None] + self.bias[:, None]).to(dtype)
+
+
+def over_ranks(model):
+    """`model` with its batch norm over the records of all ranks; the names in its state_dict stay the same."""
+    if next(model.parameters()).is_cuda:
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm1d):
+            m.__class__ = BatchNormOverRanks
+    return model
+
+
 @torch.no_grad()
 def validate(model, x, y, autocast):
-    """(macro-AUROC, logits [N, C]) of a model on x [N, 12, 1000], y [N, C]."""
+    """(macro-AUROC, logits [N, C]) of a model on x [N, 12, 1000], y [N, C]; every rank computes its share of them."""
     model.eval()
+    logits = torch.zeros_like(y)
     with autocast:
-        logits = torch.cat([model(part.to(y.device))[0].float() for part in x.split(256)])
+        for i in range(256 * RANK, len(x), 256 * WORLD):
+            logits[i:i + 256] = model(x[i:i + 256].to(y.device))[0].float()
+    if WORLD > 1:
+        dist.all_reduce(logits)
     return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy()), logits
 
 
@@ -145,11 +201,16 @@ def refit_black_box(model, prep, device):
     return best
 
 
-def train(name, args, cfg, prep):
-    """Train one model and write its joint.pt; returns the fold-9 macro-AUROC of the epoch that it holds."""
+def train(name, args, cfg, prep, folder=None, report=None):
+    """Train one model and write its joint.pt; returns the fold-9 macro-AUROC of the epoch that it holds.
+
+    `folder` is RUN/MODEL if not given. `report(epoch, auroc)` is called after every epoch and may end the training by
+    raising. Under torchrun every rank goes through all of it with the same random order; each takes its share of a
+    batch, and the gradients are those of the whole batch.
+    """
     kind, group = MODELS[name]
     black_box = kind == "blackbox"
-    folder, device = args.run / name, args.device
+    folder, device = folder or args.run / name, args.device
     suffix = "" if args.round == 1 else f"_r{args.round}"
     out, last = folder / f"joint{suffix}.pt", folder / f"last{suffix}.pt"
     if out.is_file():
@@ -162,17 +223,15 @@ def train(name, args, cfg, prep):
     epochs, lr = (cfg.blackbox_epochs, cfg.blackbox_lr) if black_box else (cfg.epochs, cfg.lr)
     torch.manual_seed(cfg.seed)
 
-    # Data: all of it on the device (1 GB); on the CPU the memory-mapped file itself
     classes, left_out = common.learnable(prep, GROUPS[group])
     if not classes:
         sys.exit(f"none of the {len(left_out)} {group} labels has a training record in {args.prep}")
     if left_out:
         print(f"{name}: left out, without a training record: {' '.join(left_out)}", flush=True)
-    x = torch.from_numpy(prep.signals)
-    x = x if device.type == "cpu" else x.to(device)
+    x = prep.x
     y = torch.from_numpy(prep.labels[:, common.columns(classes)]).float().to(device)              # [N, C]
-    train_rows, val_rows = (torch.from_numpy(np.flatnonzero(m)) for m in (prep.train, prep.val))
-    y_train, y_val = y[train_rows.to(device)], y[val_rows.to(device)]
+    train_rows, val_rows = (torch.from_numpy(np.flatnonzero(m)).to(device) for m in (prep.train, prep.val))
+    y_train, y_val = y[train_rows], y[val_rows]
     if not np.isfinite(common.auroc(y_val.cpu(), np.zeros(y_val.shape))).any():
         sys.exit(f"fold 9 in {args.prep} has no {group} label both present and absent, so no epoch can be chosen: "
                  "use more records")
@@ -182,13 +241,17 @@ def train(name, args, cfg, prep):
 
     # Model and where it starts from
     meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": name, "round": args.round,
-            "classes": classes, "left_out": left_out, "device": str(device)}
+            "classes": classes, "left_out": left_out, "device": device.type}
     meta["inputs"].update(sources(name, args, cfg, prep))
     model = start(name, args, cfg, prep, meta).to(device)
     ema = cfg.blackbox_ema if black_box else 0
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
     if cfg.head != "free" and not black_box:
         model.head.requires_grad_(False)
+    net = model
+    if WORLD > 1:  # starts every rank from rank 0's weights
+        model = over_ranks(model)
+        net = torch.nn.parallel.DistributedDataParallel(model)
 
     per_epoch = -(-len(train_rows) // cfg.batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -225,13 +288,17 @@ def train(name, args, cfg, prep):
         began = time.time()
         model.train()
         order = (torch.multinomial(draw, len(train_rows), replacement=True) if draw is not None
-                 else torch.randperm(len(train_rows)))
+                 else torch.randperm(len(train_rows))).to(device)
+        if WORLD > 1:  # the order is alike on all ranks; augmentation and dropout each draws for itself
+            alike = torch.get_rng_state()
+            torch.manual_seed(10**6 * cfg.seed + 1000 * epoch + RANK)
         seen = torch.zeros(per_epoch, len(terms), device=device)  # stays on the device: no waiting within an epoch
         for step, chosen in enumerate(order.split(cfg.batch)):
-            rows = train_rows[chosen]
-            x_batch, y_batch = x[rows.to(x.device)], y_train[chosen.to(device)]
+            mine = chosen.tensor_split(WORLD)[RANK]
+            share = len(mine) / len(chosen)  # weighs the means over this rank's records, and the terms of p alone
+            x_batch, y_batch = x[train_rows[mine]], y_train[mine]
             with autocast:
-                logits, s = model(augment(x_batch) if cfg.augment else x_batch)
+                logits, s = net(augment(x_batch) if cfg.augment else x_batch)
             if black_box:
                 bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y_batch, reduction="none")
                 total = (bce if w is None else w * bce).mean()
@@ -240,7 +307,7 @@ def train(name, args, cfg, prep):
                 loss = common.composite_loss(logits.float(), s, y_batch, model.p, model.p_class, jaccard,
                                              cfg.lambdas, w)
             optimizer.zero_grad(set_to_none=True)
-            loss["total"].backward()
+            (loss["total"] * (share * WORLD)).backward()  # DistributedDataParallel averages over the ranks
             optimizer.step()
             if cfg.scheduler != "plateau":
                 scheduler.step()
@@ -248,25 +315,32 @@ def train(name, args, cfg, prep):
                 decay = min(ema, (epoch * per_epoch + step) / (10 + epoch * per_epoch + step))
                 for theirs, ours in zip(average.state_dict().values(), model.state_dict().values()):
                     theirs.lerp_(ours, 1 - decay) if theirs.is_floating_point() else theirs.copy_(ours)
-            seen[step] = torch.stack([loss[t].detach() for t in terms])
+            if share:  # a last batch may have fewer records than there are ranks
+                seen[step] = torch.stack([loss[t].detach() for t in terms]) * share
 
+        if WORLD > 1:
+            torch.set_rng_state(alike)
+            dist.all_reduce(seen)
         seen = seen.cpu()
         if not seen.isfinite().all():
             step = int((~seen.isfinite()).any(1).nonzero()[0])
             bad = [t for t, v in zip(terms, seen[step]) if not v.isfinite()][-1]
-            sys.exit(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, step "
-                     f"{step + 1}: train again with a lower --lr")
+            raise Diverged(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, "
+                           f"step {step + 1}: train again with a lower --lr")
         unprojected = {}
-        if not black_box:
+        if not black_box and RANK == 0:
             if cfg.head == "refit" or cfg.project_every:
                 z, carries, ids = common.training_set(model, prep, device)
             if cfg.head == "refit":
                 refit_head(model, z, carries)
             unprojected = {k: v.clone() for k, v in model.state_dict().items() if k == "p" or k.startswith("head")}
             if cfg.project_every and epoch % cfg.project_every == 0:
-                model.p.data = common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)[0]
+                model.p.data.copy_(common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)[0])
                 if cfg.head == "refit":
                     refit_head(model, z, carries)
+        if not black_box and WORLD > 1:
+            for theirs in (model.p, model.head.weight, model.head.bias):
+                dist.broadcast(theirs.data, 0)
         auroc, _ = validate(average, x[val_rows], y_val, exact)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
@@ -280,11 +354,18 @@ def train(name, args, cfg, prep):
         left = seconds / epoch * (epochs - epoch) / 60
         print(f"{name:12s} epoch {epoch:3d}/{epochs}  loss {log[-1]['total']:8.4f}  bce {log[-1]['bce']:7.4f}  "
               f"val {auroc:.4f}  best {best:.4f}  {time.time() - began:5.1f} s  {left:4.0f} min left", flush=True)
-        common.save_pt(last, {"meta": meta, "model": model.state_dict(), "average": average.state_dict(),
-                              "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "log": log,
-                              "best": best, "best_state": best_state, "since": since, "seconds": seconds,
-                              "random": torch.get_rng_state(), "random_cuda":
-                              torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
+        if RANK == 0:
+            common.save_pt(last, {"meta": meta, "model": model.state_dict(), "average": average.state_dict(),
+                                  "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "log": log,
+                                  "best": best, "best_state": best_state, "since": since, "seconds": seconds,
+                                  "random": torch.get_rng_state(), "random_cuda":
+                                  torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
+        if report:
+            report(epoch, auroc)
+
+    if RANK:
+        dist.barrier()  # until rank 0 has written
+        return best
 
     best_epoch = next((e["epoch"] for e in log if e["val_auroc"] == best), 0)
     if black_box and cfg.head == "refit":
@@ -300,8 +381,15 @@ def train(name, args, cfg, prep):
             later.unlink()
     common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
     common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1),
-                                                "threads": torch.get_num_threads(), "hardware": common.hardware(device)})
+                                                "threads": torch.get_num_threads(), "processes": WORLD,
+                                                "hardware": common.hardware(device)})
+    if WORLD > 1:
+        dist.barrier()
     return best
+
+
+class Diverged(SystemExit):
+    """A loss that is no number any more: the end of a training, with one sentence, and of a trial of --tune."""
 
 
 def sources(name, args, cfg, prep):
@@ -408,12 +496,142 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     return model
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tuning (Appendix E): the paper says which settings it searched, not within which ranges
+
+def suggest(trial, cfg, search, i):
+    """`cfg` with what an Optuna trial proposes for each of `search`; i is the model's place in per_class."""
+    new = {}
+    if "training" in search:
+        new.update(lr=trial.suggest_float("lr", 1e-5, 1e-2, log=True),
+                   weight_decay=trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True),
+                   dropout=trial.suggest_float("dropout", 0.0, 0.6),
+                   scheduler=trial.suggest_categorical("scheduler", CHOICES["scheduler"]))
+    if "lambdas" in search:  # two decades around those of `cfg`; a term that is off stays off
+        new.update((k, trial.suggest_float(k, v / 100, v * 100, log=True)) for k, v in dataclasses.asdict(cfg).items()
+                   if k.startswith("lambda_") and v)
+    if "batch" in search:
+        new["batch"] = trial.suggest_categorical("batch", [32, 64, 128, 256])
+    if "per_class" in search:  # the authors recommend 5-10, 15-20 and 3-8
+        new["per_class"] = tuple(trial.suggest_int("per_class", *[(2, 20), (5, 40), (2, 16)][j]) if j == i else k
+                                 for j, k in enumerate(cfg.per_class))
+    return dataclasses.replace(cfg, **new)
+
+
+def after_stage_3(path, args, prep):
+    """Fold-9 macro-AUROC of a joint.pt after projection (03) and sparse classifier (04); fold 10 is not computed."""
+    fusion = importlib.import_module("04_fusion")
+    model, meta = common.load_model(path, "02_train_joint.py", args.device)
+    z, carries, ids = common.training_set(model, prep, args.device)
+    unique = common.config_of(meta).unique
+    model.p.data, found = common.project(z, carries, ids, model.p.data, model.p_class, unique)          # Eq. (8)
+    rows = np.flatnonzero(prep.train | prep.val)
+    scores = np.zeros((len(prep.folds), len(model.p)), np.float32)
+    scores[rows] = common.batched(lambda x: model.scores(model.latent(x)), prep, rows, args.device)
+    X, X_val, *_ = fusion.standardise(scores, prep, np.searchsorted(prep.ecg_ids, [f[0][0] for f in found]))
+    Y, y_val = (prep.labels[m][:, common.columns(model.classes)].astype(np.float64) for m in (prep.train, prep.val))
+    off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]                         # [C, P]
+    W, b, *_ = fusion.fit_path(X, Y, off, X_val, y_val, meta["model"])                                  # Eq. (10)
+    return common.macro_auroc(y_val, X_val @ W.T + b)
+
+
+def tune(name, args, cfg, prep):
+    """Search settings for one model until the study holds --tune finished trials; writes RUN/MODEL/tuned.json.
+
+    A trial is seeded by --seed and its number: workers on one study differ, and what a single worker finds does not
+    depend on interruptions.
+    """
+    try:
+        import optuna
+    except ImportError:
+        sys.exit("--tune needs Optuna, which is not installed: run `pip install optuna`")
+    COMPLETE, PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
+    i, out = list(common.WINDOW).index(MODELS[name][0]), args.run / name / "tuned.json"
+
+    for attempt in (1, 2):
+        try:
+            storage = args.study if "://" in args.study else optuna.storages.JournalStorage(
+                optuna.storages.journal.JournalFileBackend(args.study))
+            study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True,
+                                        pruner=optuna.pruners.MedianPruner())
+            break
+        except Exception as e:  # every database has its own kinds
+            if attempt == 2:
+                sys.exit(f"--study {args.study} cannot be opened ({str(e).splitlines()[0]}): "
+                         "give sqlite:///FILE or FILE")
+            time.sleep(2)  # perhaps another worker was creating the same tables
+    about = common.json.loads(common.json.dumps({
+        "search": sorted(set(args.search)), "config": dataclasses.asdict(cfg),
+        "inputs": {"prep": common.file_hash(prep.path), **sources(name, args, cfg, prep)}}))
+    if study.user_attrs.get("about", about) != about:
+        sys.exit(f"--study {args.study} holds a search for {name} with other settings or data: name another one")
+    study.set_user_attr("about", about)
+
+    def objective(trial):
+        study.sampler = optuna.samplers.TPESampler(seed=(10**4 * args.seed + trial.number) % 2**32)
+
+        def report(epoch, auroc):
+            trial.report(auroc, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        with tempfile.TemporaryDirectory() as folder:  # RUN/MODEL/joint.pt stays as it is
+            try:
+                train(name, args, suggest(trial, cfg, args.search, i), prep, common.Path(folder), report)
+            except Diverged as e:
+                raise optuna.TrialPruned(str(e))
+            return after_stage_3(common.Path(folder) / "joint.pt", args, prep)
+
+    while True:
+        finished = study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))  # of all workers
+        if any(t.state == COMPLETE for t in finished):
+            best = study.best_trial
+            tuned = suggest(optuna.trial.FixedTrial(best.params), cfg, args.search, i)
+            common.save_json(out, {**common.provenance(tuned, "02_train_joint.py"), "inputs": about["inputs"],
+                                   "model": name, "search": about["search"], "trial": best.number,
+                                   "val_auroc": best.value, "trials": len(finished)})
+        if len(finished) >= args.tune:
+            break
+        study.optimize(objective, n_trials=1)
+    if all(t.state == PRUNED for t in finished):
+        sys.exit(f"no trial of --study {args.study} reached its end: use more trials or another --search")
+    print(f"{args.run}: {name} tuned, fold-9 macro-AUROC {study.best_value:.4f} in trial {study.best_trial.number} of "
+          f"{len(finished)}: {out}")
+
+
+def read_config(path, cfg):
+    """`cfg` with the settings in a JSON file, or in its "config" (tuned.json, joint.json); the seed is not taken."""
+    new, old = common.load_json(path, "02_train_joint.py --tune"), dataclasses.asdict(cfg)
+    new = new["config"] if isinstance(new.get("config"), dict) else new
+    for k, v in new.items():
+        if k not in old:
+            sys.exit(f"{path}: {k} is no setting; Config in common.py lists them")
+        values, likes = (v, old[k]) if isinstance(v, list) and isinstance(old[k], tuple) else ([v], [old[k]])
+        right = all(type(a) in (type(b), int if type(b) is float else None) for a, b in zip(values, likes))
+        if not right or len(values) != len(likes) or v not in CHOICES.get(k, [v]) or not all(
+                0 <= a < math.inf for a in values if not isinstance(a, str)):
+            sys.exit(f"{path}: {k} cannot be {common.json.dumps(v)}; an example is {common.json.dumps(old[k])}")
+    if new.get("recipe", cfg.recipe) != cfg.recipe:
+        sys.exit(f"{path} is of the {new['recipe']} recipe: add --recipe {new['recipe']}")
+    new = {k: tuple(v) if isinstance(v, list) else v for k, v in new.items() if k != "seed"}
+    return dataclasses.replace(cfg, **new)
+
+
 def main():
     p = common.argument_parser(__doc__)
     p.add_argument("--round", type=int, default=1, help="2 continues from the projected prototypes of round 1")
     p.add_argument("--resume", action="store_true", help="continue after the last whole epoch; keep finished models")
     p.add_argument("--no-contrastive", action="store_true", help="train without the contrastive loss, Eq. (7)")
     p.add_argument("--imagenet", type=common.Path, metavar="FILE", help=f"default: {IMAGENET} beside the folder DATA")
+    p.add_argument("--config", type=common.Path, metavar="FILE",
+                   help="settings from a JSON file, such as tuned.json; flags and --seed count for more")
+    g = p.add_argument_group("tuning of one prototype model with Optuna (Appendix E)")
+    g.add_argument("--tune", type=whole, metavar="TRIALS", help="trials that the study shall hold in the end")
+    g.add_argument("--study", metavar="URL", help="sqlite:///FILE, another database that Optuna knows, or a FILE for "
+                   "Optuna's journal (also on network file systems); any number of workers can share it")
+    g.add_argument("--search", nargs="+", choices=["training", "lambdas", "batch", "per_class"], default=["training"],
+                   help="what to search: training (lr, weight decay, dropout, scheduler; the default), the four "
+                   "lambdas, batch size, prototypes per class")
     g = p.add_argument_group("change one setting of the recipe", "Config in common.py says what each one is.")
     for field in dataclasses.fields(common.Config):
         if field.name not in ("recipe", "seed", "per_class", "a", "rounds"):
@@ -423,25 +641,50 @@ def main():
                            choices=CHOICES.get(field.name), help="default recipe "
                            f"{getattr(common.Config, field.name)}, paper recipe {getattr(common.PAPER, field.name)}")
     args = common.parse(p)
+    if (args.tune is None) != (args.study is None) or args.tune == 0:
+        p.error("--tune TRIALS, at least 1, and --study URL go together")
+    if args.tune and (len(args.model or ()) != 1 or MODELS[args.model[0]][0] == "blackbox" or args.round > 1
+                      or WORLD > 1):
+        p.error("--tune works on round 1 of one prototype model, named by --model, in one process")
+    if WORLD > 1:
+        if args.device.type == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                p.error(f"there are only {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(args.device)
+        dist.init_process_group(  # the others wait while rank 0 projects and refits
+            "nccl" if args.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
     prep = common.load_prep(args.prep)
+    # All of the data on the device (1 GB); on the CPU the memory-mapped file itself
+    prep.x = torch.from_numpy(prep.signals).to(args.device)
     cfg = common.recipe(args)
+    if args.config:
+        cfg = read_config(args.config, cfg)
     if args.no_contrastive:
         cfg = common.without_contrastive(cfg)
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
                and getattr(args, f.name, None) is not None}
     cfg = dataclasses.replace(cfg, **changed)
-    if cfg.batch < 1 or cfg.blackbox_epochs < 1:
-        p.error("--batch and --blackbox-epochs must be at least 1")
+    if min(cfg.batch, cfg.blackbox_epochs, *cfg.per_class) < 1:
+        p.error("--batch, --blackbox-epochs and per_class must be at least 1")
     names = args.model or common.BRANCHES
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")
     prototypes = any(MODELS[n][0] != "blackbox" for n in names)
     needs_start = cfg.start.startswith("blackbox") and prototypes and args.round == 1
+    if args.tune:
+        if needs_start:
+            common.load_pt(args.run / cfg.start / "joint.pt", common.command("02_train_joint.py", cfg.start))
+        return tune(names[0], args, cfg, prep)
     if needs_start and cfg.start not in names and not (args.run / cfg.start / "joint.pt").is_file():
         print(f"{args.run} has no {cfg.start} yet, the start of the prototype models: training it first", flush=True)
         names = [cfg.start, *names]
     best = {name: train(name, args, cfg, prep) for name in sorted(names, key=lambda n: n != cfg.start)}
     print(f"{args.run}: {', '.join(f'{n} {v:.4f}' for n, v in best.items())} (fold-9 macro-AUROC)")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

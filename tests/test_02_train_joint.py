@@ -257,3 +257,238 @@ def test_weighted_sampler_draws_rare_labels_more_often():
     weight = stage("02_train_joint").record_weights(y)
     assert torch.allclose(weight[:90], torch.tensor(1 / 90)) and torch.allclose(weight[90:95], torch.tensor(1 / 5))
     assert torch.allclose(weight[95:], torch.tensor(1 / 90))  # without a label: as the commonest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More than one process
+
+EXACT = ["--dropout", "0", "--pool", "mean", "--augment", "no", "--epochs", "2", "--batch", "47"]  # of 48 records
+RANKS = """
+import importlib, pathlib, sys
+sys.path.insert(0, {root!r})
+import torch
+import common
+stage = importlib.import_module("02_train_joint")
+out = pathlib.Path(sys.argv[1])
+
+def call(run):
+    sys.argv = ["02_train_joint.py", "--run", str(out / run), *{flags!r}]
+    common.run(stage.main)
+
+"""
+
+
+def two_ranks(tmp_path, body, *flags):
+    """Run `body`, which may `call` the stage with `flags` into a run, in two gloo processes; returns their output."""
+    flags = ["--prep", str(tmp_path / "prep"), *map(str, SMALL), "--blackbox-epochs", "2", *flags]
+    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), flags=flags) + body)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                           str(tmp_path / "ranks.py"), str(tmp_path)], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_ranks_train_as_one_process_does(tiny_prep, tmp_path, monkeypatch):
+    """Two gloo processes under torchrun against one process, in float64, where nothing but the order of sums differs.
+
+    After two epochs of a black box and two of a prototype model: weights, prototypes, head, batch-norm statistics,
+    moving average and logged losses. The last batch is a single record, so one rank has none. Float64 resolves 1e-16;
+    Adam and the solver of the head magnify that to 1e-12; a record or a term with a wrong weight changes far more.
+    """
+    tiny_prep()
+    flags = ["--model", "rhythm", "--start", "blackbox-rhythm", *EXACT]
+    printed = two_ranks(tmp_path, """
+stage.bfloat16_is_fast = lambda device: False
+torch.Tensor.float = torch.Tensor.double
+torch.set_default_dtype(torch.float64)
+call("two")
+""", *flags)
+    assert printed.count("epoch   1/2") == 2 and printed.count("(fold-9 macro-AUROC)") == 1  # rank 0 alone
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(stage("02_train_joint"), "bfloat16_is_fast", lambda device: False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(monkeypatch, tmp_path, "one", "--blackbox-epochs", 2, *flags)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in ("blackbox-rhythm", "rhythm"):
+        one, two = (torch.load(tmp_path / r / model / "last.pt", weights_only=True) for r in ("one", "two"))
+        for kind in ("model", "average", "best_state"):
+            for k, v in one[kind].items():
+                assert torch.allclose(v, two[kind][k], rtol=1e-9, atol=1e-9), (model, kind, k)
+        for a, b in zip(one["log"], two["log"], strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+    assert json.loads((tmp_path / "two" / "rhythm" / "joint.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_for_themselves_and_resume_to_the_same_bits(tiny_prep, tmp_path):
+    """With augmentation and dropout: the ranks draw differently; killed after an epoch and resumed, nothing changes."""
+    tiny_prep()
+    printed = two_ranks(tmp_path, """
+init, train, augment, drawn = stage.dist.init_process_group, stage.train, stage.augment, []
+stage.dist.destroy_process_group = lambda: None  # one group for all calls of this process
+stage.dist.init_process_group = lambda *a, **k: stage.dist.is_initialized() or init(*a, **k)
+stage.augment = lambda x: (drawn.append(float(torch.rand(()))), augment(x))[1]
+call("whole")
+(out / f"drawn{stage.RANK}").write_text(str(drawn))
+
+def killed(epoch, auroc):
+    if epoch == 1:
+        raise KeyboardInterrupt
+
+stage.train = lambda *a: train(*a, report=killed)
+try:
+    call("cut")
+except SystemExit:
+    stage.train = train
+    call("cut")
+""", "--model", "blackbox-rhythm", "--resume")
+    assert printed.count("resumed after epoch 1") == 1
+    whole, cut = (torch.load(tmp_path / r / "blackbox-rhythm" / "last.pt", weights_only=True) for r in ("whole", "cut"))
+    assert same(whole["model"], cut["model"]) and same(whole["average"], cut["average"]) and whole["log"] == cut["log"]
+    drawn = [json.loads((tmp_path / f"drawn{rank}").read_text()) for rank in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 6 and len({*drawn[0], *drawn[1]}) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tuning
+
+TUNE = ["--model", "rhythm", "--start", "blackbox-rhythm", "--epochs", 1, "--blackbox-epochs", 1]
+
+
+def trials(study):
+    """What a study says of its finished trials, in order of their numbers."""
+    import optuna
+    storage = study if "://" in study else optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(study))
+    return [t for t in optuna.load_study(study_name="rhythm", storage=storage).trials if t.state.is_finished()]
+
+
+def test_tuning_is_blind_to_fold_10_resumes_and_its_result_can_be_trained(tiny_prep, tmp_path, monkeypatch):
+    """Three trials, stopped after two of them, on clean data and uninterrupted with fold 10 replaced by garbage: the
+    same trials. The best one, trained from tuned.json, has the fold-9 macro-AUROC in 04 that the study says."""
+    clean = tiny_prep(n=80)
+    signals, labels = clean.signals.copy(), clean.labels.copy()
+    signals[clean.test], labels[clean.test] = np.nan, 1 - labels[clean.test]
+    tiny_prep("poisoned", n=80)
+    change_prep(tmp_path / "poisoned", signals=np.asarray(signals), labels=labels)
+    for prep, stops in (("prep", (2, 3)), ("poisoned", (3,))):
+        run = train(monkeypatch, tmp_path, f"run-{prep}", *TUNE, prep=prep)
+        before = (run / "rhythm" / "joint.pt").read_bytes()
+        for stop in stops:
+            train(monkeypatch, tmp_path, run.name, *TUNE, "--tune", stop, "--study", tmp_path / f"{prep}.log",
+                  "--search", "training", "lambdas", "batch", "per_class", prep=prep)
+            assert len(trials(str(tmp_path / f"{prep}.log"))) == stop
+        assert (run / "rhythm" / "joint.pt").read_bytes() == before
+    a, b = ([(t.params, t.value, t.intermediate_values) for t in trials(str(tmp_path / f"{p}.log"))]
+            for p in ("prep", "poisoned"))
+    assert a == b and len({t[0]["lr"] for t in a}) == 3
+    assert set(a[0][0]) == {"lr", "weight_decay", "dropout", "scheduler", "batch", "per_class", "lambda_clst",
+                            "lambda_sep", "lambda_div", "lambda_cntrst"}
+
+    run = tmp_path / "run-prep"
+    tuned = json.loads((run / "rhythm" / "tuned.json").read_text())
+    best = max(a, key=lambda t: t[1])
+    assert tuned["val_auroc"] == best[1] and tuned["trials"] == 3 and tuned["config"]["per_class"][1:] == [18, 7]
+    assert tuned["config"]["lr"] == best[0]["lr"] and tuned["config"]["per_class"][0] == best[0]["per_class"]
+    train(monkeypatch, tmp_path, run.name, *TUNE, "--config", run / "rhythm" / "tuned.json", "--batch",
+          tuned["config"]["batch"], "--force")  # SMALL names a batch size
+    assert json.loads((run / "rhythm" / "joint.json").read_text())["config"] == tuned["config"]
+    for later in ("03_project", "04_fusion"):
+        run_stage(monkeypatch, later, "--prep", tmp_path / "prep", "--run", run, "--model", "rhythm", "--device", "cpu",
+                  "--threads", 1)
+    assert json.loads((run / "predictions.json").read_text())["models"]["rhythm"]["val_auroc"] == pytest.approx(
+        tuned["val_auroc"], abs=1e-12)
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study(tiny_prep, tmp_path, monkeypatch):
+    """Two processes that begin at the same moment with a SQLite file that is not there yet."""
+    tiny_prep()
+    run = train(monkeypatch, tmp_path, "run", "--model", "blackbox-rhythm", *TUNE[2:])
+    study = f"sqlite:///{tmp_path}/tune.db"
+    flags = ["--prep", tmp_path / "prep", "--run", run, *SMALL, *TUNE, "--tune", 4, "--study", study]
+    workers = [subprocess.Popen([sys.executable, "02_train_joint.py", *map(str, flags)], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    texts = [w.communicate() for w in workers]
+    assert [w.returncode for w in workers] == [0, 0], texts
+    assert all("epoch   1/1" in out for out, _ in texts)
+    found = trials(study)
+    assert 4 <= len(found) <= 5 and len({t.params["lr"] for t in found}) == len(found)
+    assert json.loads((run / "rhythm" / "tuned.json").read_text())["val_auroc"] == max(t.value for t in found)
+
+
+def test_hopeless_trials_end_early(tiny_prep, tmp_path, monkeypatch):
+    """A trial that the pruner gives up, or whose loss is no number, is counted, but it is no result."""
+    import optuna
+    tiny_prep()
+    train(monkeypatch, tmp_path, "run", "--model", "blackbox-rhythm", *TUNE[2:])
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda: optuna.pruners.ThresholdPruner(lower=2))
+    flags = [*TUNE, "--epochs", 3, "--tune", 1]
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", *flags, "--study", tmp_path / "pruned.log")
+    assert "no trial" in sentence(e) and not (tmp_path / "run" / "rhythm" / "tuned.json").exists()
+    assert [list(t.intermediate_values) for t in trials(str(tmp_path / "pruned.log"))] == [[1]]
+    monkeypatch.setattr(stage("02_train_joint"), "augment", lambda x: x * torch.nan)
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", *flags, "--study", tmp_path / "diverged.log")
+    assert "no trial" in sentence(e)
+    assert [list(t.intermediate_values) for t in trials(str(tmp_path / "diverged.log"))] == [[]]
+
+
+def test_tuning_errors_are_one_sentence(tiny_prep, tmp_path, monkeypatch, capsys):
+    tiny_prep()
+    (tmp_path / "none.json").write_text('{"per_class": [0, 18, 7]}')
+    for wrong, says in ((["--tune", 3], "--study"), (["--study", "x"], "--tune"), (["--tune", 0, "--study", "x"], "1"),
+                        (["--tune", 3, "--study", "x"], "--model"), (["--config", tmp_path / "none.json"], "per_class"),
+                        (["--model", "blackbox-1d", "--tune", 3, "--study", "x"], "prototype model")):
+        with pytest.raises(SystemExit) as e:
+            train(monkeypatch, tmp_path, "run", *wrong)
+        assert e.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+    flags = ["--model", "rhythm", "--tune", 1, "--study", tmp_path / "tune.log", "--start", "random"]
+    with pytest.raises(SystemExit) as e:  # the black box must be there, lest every worker trains it
+        train(monkeypatch, tmp_path, "run", *flags[:-2])
+    assert "python 02_train_joint.py --model blackbox-1d" in sentence(e)
+    train(monkeypatch, tmp_path, "run", *flags)
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", *flags, "--top-k", 3)
+    assert "other settings" in sentence(e)
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", *flags[:-4], "--study", "sqlite:////no/such/folder/tune.db", *flags[-2:])
+    assert "--study sqlite:////no/such/folder/tune.db" in sentence(e)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", *flags)
+    assert "pip install optuna" in sentence(e)
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"lrr": 0.1}', "lrr is no setting"), ('{"config": {"rate": 1}}', "rate is no setting"),
+    ('{"config": 3}', "config is no setting"),
+    ('{"lr": "fast"}', "lr cannot be"), ('{"lr": NaN}', "lr cannot be"), ('{"batch": 16.5}', "batch cannot be"),
+    ('{"augment": 1}', "augment cannot be"), ('{"epochs": true}', "epochs cannot be"),
+    ('{"scheduler": "wild"}', "scheduler cannot be"), ('{"per_class": [5, 18]}', "per_class cannot be"),
+    ('{"per_class": 5}', "per_class cannot be"), ('{"a": [1, "x", 2]}', "a cannot be"),
+    ('{"lr": [0.1]}', "lr cannot be"), ('{"recipe": "paper"}', "--recipe paper"), ('{"lr": ', "damaged"),
+    (None, "missing")])
+def test_spoiled_config_gives_one_sentence(tmp_path, text, says):
+    path = tmp_path / "config.json"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as e:
+        stage("02_train_joint").read_config(path, common.Config())
+    assert says in sentence(e) and str(path) in sentence(e)
+
+
+def test_config_is_overridden_by_flags(tiny_prep, tmp_path, monkeypatch):
+    tiny_prep()
+    (tmp_path / "config.json").write_text(json.dumps({"config": {
+        "lr": 0.002, "a": [1, 13, 4], "per_class": [3, 4, 5], "seed": 1, "optimizer": "adam", "epochs": 9,
+        "augment": False}}))
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--config",
+                tmp_path / "config.json", "--optimizer", "adamw", "--epochs", 0)
+    cfg = common.config_of(json.loads((run / "rhythm" / "joint.json").read_text()))
+    assert (cfg.lr, cfg.a, cfg.per_class, cfg.augment) == (0.002, (1, 13, 4), (3, 4, 5), False)
+    assert (cfg.optimizer, cfg.epochs, cfg.seed) == ("adamw", 0, 42)
