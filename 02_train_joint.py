@@ -261,11 +261,13 @@ def train(name, args, cfg, prep):
     with common.replacing(folder / f"log{suffix}.jsonl") as t:
         t.write_text("".join(common.json.dumps(line) + "\n" for line in log))
     for later in folder.glob("*_r*"):  # of rounds that started from what is replaced now
-        if int(later.stem.rpartition("_r")[2]) > args.round:
+        number = later.stem.rpartition("_r")[2]
+        if number.isdecimal() and int(number) > args.round:
             later.unlink()
-    common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
+    # joint.pt last: with it a model counts as finished, so --resume after a kill cannot miss what stands beside it
     common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1),
                                                 "threads": torch.get_num_threads(), "hardware": common.hardware(device)})
+    common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
     return best
 
 
@@ -294,7 +296,7 @@ def start(name, args, cfg, prep, meta):
         for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k"):
             if getattr(old, k) != getattr(cfg, k):
                 sys.exit(f"{path} was trained with another {k} ({getattr(old, k)}): give 02 the flags of round 1")
-        meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"])
+        meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"], warnings=before.get("warnings", []))
         return model
 
     if kind == "blackbox":
@@ -333,7 +335,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     for k in ("width", "pool", "scale_input", "seed"):
         if before["config"][k] != getattr(cfg, k):
             sys.exit(f"{path} has another {k} ({before['config'][k]}): {common.rerun(maker)} or in another --run")
-    meta["latent_dim"] = len(box.classes)
+    meta.update(latent_dim=len(box.classes), warnings=before.get("warnings", []))
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
 

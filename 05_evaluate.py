@@ -139,6 +139,7 @@ def load_run(run, prep, force):
         joint[name] = read(common.newest(run / name, "joint", maker)[1].with_suffix(".json"), maker, "config", "device")
     first, *rest = [n for n in joint if MODELS[n][0] != "blackbox"] or joint
     stale += [f"{n} has other settings than {first}" for n in rest if joint[n]["config"] != joint[first]["config"]]
+    stale += sorted({w for m in models.values() for w in m.get("warnings", [])} - {*stale})  # forced in 02-04
     for warning in stale:
         print(f"WARNING: {warning}", file=sys.stderr)
     return models, joint, stale
