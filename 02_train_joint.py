@@ -77,6 +77,13 @@ def whole(text):
     return int(text)
 
 
+def amount(text):
+    """Command-line number, finite and not negative."""
+    if not 0 <= float(text) < np.inf:
+        raise ValueError
+    return float(text)
+
+
 def bfloat16_is_fast(device):
     """Whether bf16 autocast pays: a GPU with bf16, or a CPU with AVX512-bf16 or AMX instructions."""
     if device.type == "cuda":
@@ -384,7 +391,7 @@ def main():
     g = p.add_argument_group("change one setting of the recipe", "Config in common.py says what each one is.")
     for field in dataclasses.fields(common.Config):
         if field.name not in ("recipe", "seed", "per_class", "a", "rounds"):
-            kind = {bool: boolean, int: whole}.get(field.type, field.type)
+            kind = {bool: boolean, int: whole, float: amount}.get(field.type, field.type)
             metavar = {bool: "yes|no", int: "N", float: "X", str: "|".join(CHOICES.get(field.name, ()))}[field.type]
             g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, type=kind, default=None,
                            choices=CHOICES.get(field.name), help="default recipe "
@@ -397,8 +404,10 @@ def main():
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
                and getattr(args, f.name, None) is not None}
     cfg = dataclasses.replace(cfg, **changed)
-    if cfg.batch < 1 or cfg.blackbox_epochs < 1:
-        p.error("--batch and --blackbox-epochs must be at least 1")
+    if min(cfg.batch, cfg.blackbox_epochs, cfg.width, cfg.top_k) < 1:
+        p.error("--batch, --blackbox-epochs, --width and --top-k must be at least 1")
+    if max(cfg.dropout, cfg.blackbox_ema) >= 1:
+        p.error("--dropout and --blackbox-ema must be below 1")
     names = args.model or common.BRANCHES
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")

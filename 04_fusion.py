@@ -219,7 +219,7 @@ def main():
               f"{'own class only' if own_only else f'lambda {strength:.0e}'}  {time.time() - began:.1f} s", flush=True)
 
     # Black boxes: their own logits
-    present = [m for m in MODELS if list((args.run / m).glob("joint*.pt"))]
+    present = [m for m in MODELS if any(list((args.run / m).glob(f"{f}*.pt")) for f in ("joint", "projected"))]
     if not args.model and not present:
         sys.exit(f"{args.run} holds no trained model: {common.rerun('02_train_joint.py')} first")
     for name in [m for m in args.model or present if MODELS[m][0] == "blackbox"]:

@@ -403,6 +403,8 @@ def main():
     p.add_argument("--readme", action="store_true", help="only write the README's tables from tests/results/*.json")
     p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="Table 3 from exported review files")
     args = common.parse(p)
+    if args.save and not re.fullmatch(r"\w[\w.-]*", args.save):
+        p.error("--save takes a name of letters, digits, '.', '_' and '-', no path")
     if args.readme:
         return readme()
     if args.ratings:

@@ -682,9 +682,11 @@ def main():
     args = common.parse(p)
     if args.top < 1:
         p.error("--top must be at least 1")
+    if args.label and not (args.case or args.record is not None):
+        p.error("--label goes with --case or --record")
     prep = common.load_prep(args.prep)
     words = {c: f"{prep.info['descriptions'].get(c, '')} ({c})" for c in CODES}
-    if args.case or args.record:
+    if args.case or args.record is not None:
         for ecg_id in args.case or [None]:
             case(args, prep, words, ecg_id)
         return

@@ -458,6 +458,8 @@ def parse(p, argv=None):
     args.data = args.data or Path("data/demo" if args.demo else "data/ptbxl")
     args.prep = args.prep or Path("runs/demo-prep" if args.demo else "runs/prep")
     args.run = args.run or Path(f"runs/demo{suffix}" if args.demo else f"runs/{args.recipe}")
+    if not 0 <= args.seed < 2**32:
+        p.error("--seed must be between 0 and 4294967295")
     if args.threads is not None:
         if args.threads < 1:
             p.error("--threads must be at least 1")
