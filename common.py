@@ -447,7 +447,8 @@ def argument_parser(doc):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
     g.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     g.add_argument("--force", action="store_true",
-                   help="use artifacts of another data set, or replace a model of another setting")
+                   help="use artifacts of another data set (results.md then says so), or replace a model of another "
+                   "setting")
     return p
 
 

@@ -17,6 +17,8 @@ from synthetic import write_dataset
 
 import common
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of 05, which filters its own; pytest undoes that
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills, Ctrl-C and full disks over the results of an earlier run. What lies there afterwards is the old file or the new
 # one, never half of one, and the next run ends as if nothing had been. Stages run in forks of one process that has
