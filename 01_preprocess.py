@@ -155,15 +155,11 @@ def main():
         if not 1 <= args.records <= len(records):
             sys.exit(f"--records must be between 1 and {len(records):,}, the number of records in {args.data}")
         records = records[:args.records]
-    part_sizes(np.array([r["fold"] for r in records]))  # before the old arrays are given up
+    part_sizes(np.array([r["fold"] for r in records]))  # before the work begins
 
     # Read and filter in chunks, straight into the file: memory stays small however many records there are
     N, kept, skipped, flat, saturated = len(records), [], [], [], []
     scaler = StandardScaler()
-    args.prep.mkdir(parents=True, exist_ok=True)
-    for leftover in args.prep.glob(".signals.npy.*.tmp"):  # 1 GB of a run that was killed
-        leftover.unlink(missing_ok=True)
-    (args.prep / "preprocess.json").unlink(missing_ok=True)  # from here on the old arrays are no longer one set
     with common.replacing(args.prep / "signals.npy") as temporary, open(temporary, "wb") as f, \
             common.process_pool(args) as pool, \
             tqdm(total=N, unit=" records", desc="reading", mininterval=0.5, disable=None) as bar:
@@ -210,11 +206,16 @@ def main():
         np.lib.format.write_array_header_1_0(f, {**header, "shape": (len(kept), len(LEADS), SAMPLES)})
         if not kept:
             sys.exit(f"{args.data} has no readable record: check the folder with `python 00_download.py --check`")
+        part_sizes(np.array([r["fold"] for r in kept]))
+        f.flush()
+        sha256 = {"signals": common.file_hash(temporary)}
+        (args.prep / "preprocess.json").unlink(missing_ok=True)  # from here on the old arrays are no longer one set
 
     arrays = {"labels": np.array([[c in r["codes"] for c in CODES] for r in kept], np.uint8),
               **{f"{name}s": np.array([r[name] for r in kept]) for name in ("ecg_id", "patient_id", "fold")}}
     for name, array in arrays.items():
         common.save_npy(args.prep / f"{name}.npy", array)
+        sha256[name] = common.file_hash(args.prep / f"{name}.npy")
     folds, labels = arrays["folds"], arrays["labels"]
     sizes = part_sizes(folds)
     positives = labels[folds <= 8].sum(0)
@@ -228,7 +229,7 @@ def main():
         "jaccard": jaccard(labels[folds <= 8]).round(6).tolist(),
         "skipped": skipped, "flat_leads": flat, "saturated": saturated,
         "inputs": {n: common.file_hash(args.data / n) for n in ("ptbxl_database.csv", "scp_statements.csv")},
-        "sha256": {n: common.file_hash(args.prep / f"{n}.npy") for n in ("signals", *arrays)}})
+        "sha256": sha256})
 
     left_out = [s["ecg_id"] for s in skipped]
     for what, ids in (("skipped", left_out), ("with a flat lead", flat), ("saturated", saturated)):

@@ -87,6 +87,13 @@ def whole(text):
     return int(text)
 
 
+def amount(text):
+    """Command-line number, finite and not negative."""
+    if not 0 <= float(text) < np.inf:
+        raise ValueError
+    return float(text)
+
+
 def bfloat16_is_fast(device):
     """Whether bf16 autocast pays: a GPU with bf16, or a CPU with AVX512-bf16 or AMX instructions."""
     if device.type == "cuda":
@@ -377,12 +384,14 @@ def train(name, args, cfg, prep, folder=None, report=None):
     with common.replacing(folder / f"log{suffix}.jsonl") as t:
         t.write_text("".join(common.json.dumps(line) + "\n" for line in log))
     for later in folder.glob("*_r*"):  # of rounds that started from what is replaced now
-        if int(later.stem.rpartition("_r")[2]) > args.round:
+        number = later.stem.rpartition("_r")[2]
+        if number.isdecimal() and int(number) > args.round:
             later.unlink()
-    common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
+    # joint.pt last: with it a model counts as finished, so --resume after a kill cannot miss what stands beside it
     common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1),
                                                 "threads": torch.get_num_threads(), "processes": WORLD,
                                                 "hardware": common.hardware(device)})
+    common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
     if WORLD > 1:
         dist.barrier()
     return best
@@ -417,7 +426,7 @@ def start(name, args, cfg, prep, meta):
         for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k"):
             if getattr(old, k) != getattr(cfg, k):
                 sys.exit(f"{path} was trained with another {k} ({getattr(old, k)}): give 02 the flags of round 1")
-        meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"])
+        meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"], warnings=before.get("warnings", []))
         return model
 
     if kind == "blackbox":
@@ -456,7 +465,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     for k in ("width", "pool", "scale_input", "seed"):
         if before["config"][k] != getattr(cfg, k):
             sys.exit(f"{path} has another {k} ({before['config'][k]}): {common.rerun(maker)} or in another --run")
-    meta["latent_dim"] = len(box.classes)
+    meta.update(latent_dim=len(box.classes), warnings=before.get("warnings", []))
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
 
@@ -634,10 +643,12 @@ def main():
                    "lambdas, batch size, prototypes per class")
     g = p.add_argument_group("change one setting of the recipe", "Config in common.py says what each one is.")
     for field in dataclasses.fields(common.Config):
-        if field.name not in ("recipe", "seed", "per_class", "a", "rounds"):
-            kind = {bool: boolean, int: whole}.get(field.type, field.type)
-            metavar = {bool: "yes|no", int: "N", float: "X", str: "|".join(CHOICES.get(field.name, ()))}[field.type]
-            g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, type=kind, default=None,
+        if field.name not in ("recipe", "seed", "rounds"):
+            three = {"nargs": 3} if field.type is tuple else {}  # one for each branch
+            value = type(field.default[0]) if three else field.type
+            kind = {bool: boolean, int: whole, float: amount}.get(value, value)
+            metavar = {bool: "yes|no", int: "N", float: "X", str: "|".join(CHOICES.get(field.name, ()))}[value]
+            g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, type=kind, default=None, **three,
                            choices=CHOICES.get(field.name), help="default recipe "
                            f"{getattr(common.Config, field.name)}, paper recipe {getattr(common.PAPER, field.name)}")
     args = common.parse(p)
@@ -666,9 +677,11 @@ def main():
         cfg = common.without_contrastive(cfg)
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
                and getattr(args, f.name, None) is not None}
-    cfg = dataclasses.replace(cfg, **changed)
-    if min(cfg.batch, cfg.blackbox_epochs, *cfg.per_class) < 1:
-        p.error("--batch, --blackbox-epochs and per_class must be at least 1")
+    cfg = dataclasses.replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})
+    if min(cfg.batch, cfg.blackbox_epochs, cfg.width, cfg.top_k, *cfg.per_class) < 1:
+        p.error("--batch, --blackbox-epochs, --width, --top-k and --per-class must be at least 1")
+    if max(cfg.dropout, cfg.blackbox_ema) >= 1:
+        p.error("--dropout and --blackbox-ema must be below 1")
     names = args.model or common.BRANCHES
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")

@@ -69,6 +69,7 @@ def main():
         gap = float(np.mean([1 - q["similarity"] for q in prototypes]))
         out = path.with_name(path.name.replace("joint", "projected"))
         made = {**common.provenance(cfg, "03_project.py", joint=path, prep=prep.path), "unique": unique,
+                "warnings": meta.get("warnings", []),
                 **{k: meta[k] for k in ("model", "round", "classes", "left_out", "per_class", "latent_dim")}}
         report = {"gap": gap, "distinct": len(sources), "records": len({q["ecg_id"] for q in prototypes}),
                   **{f"val_auroc_{when}": None if np.isnan(v) else v for when, v in auroc.items()}}

@@ -179,8 +179,9 @@ def main():
     predictions["left_out"] = prep.info["without_training_record"]
     summary = {}
 
-    def save_predictions(name, about, classes, logits, inputs, **more):
-        """logits [folds 9 and 10, C] -> the two arrays of NAME with 71 columns, and its line in predictions.json."""
+    def save_predictions(name, about, classes, logits, inputs, forced, **more):
+        """logits [folds 9 and 10, C] -> the two arrays of NAME with 71 columns, and its line in predictions.json, where
+        `forced` are the warnings that --force overrode here and in the stages before."""
         full = np.full((len(later), len(CODES)), np.nan, np.float32)
         full[:, common.columns(classes)] = logits
         common.save_npy(args.run / f"logits_{name}.npy", full)
@@ -189,7 +190,7 @@ def main():
         summary[name] = common.macro_auroc(prep.labels[later][on_val][:, common.columns(classes)],
                                            full[on_val][:, common.columns(classes)])
         predictions["models"][name] = {"about": about, "classes": classes, "val_auroc": known(summary[name]),
-                                       "inputs": inputs, **more}
+                                       "inputs": inputs, "warnings": forced, **more}
         common.save_json(predictions_path, predictions)
 
     def classify(name, about, scores, own_records, p_code, classes, inputs, meta, path, own_only=False):
@@ -207,18 +208,18 @@ def main():
             W, b, path_rows, strength = fit_path(X, Y, off, X_val, y_val, name)
         nonzero = int((W != 0).sum())
         fitted = {"strength": strength, "l2": L2, "path": path_rows, "nonzero": nonzero, "weights": W.size}
-        meta = {**meta, **fitted, "classes": classes}
-        if path:
+        save_predictions(name, about, classes, X_later @ W.T + b, inputs, meta.get("warnings", []),
+                         seconds=round(time.time() - began, 1), **fitted)
+        if path:  # after its logits, whose thresholds 06 takes: it is this file that 06 compares with the prototypes
+            meta = {**meta, **fitted, "classes": classes}
+            common.save_json(path.with_suffix(".json"), meta)
             common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
                                   dict(W=W, b=b, mean=mean, std=std).items()}})
-            common.save_json(path.with_suffix(".json"), meta)
-        save_predictions(name, about, classes, X_later @ W.T + b, inputs,
-                         seconds=round(time.time() - began, 1), **fitted)
         print(f"{name:22s} fold 9 {summary[name]:.4f}  {nonzero:6,} of {W.size:6,} weights  "
               f"{'own class only' if own_only else f'lambda {strength:.0e}'}  {time.time() - began:.1f} s", flush=True)
 
     # Black boxes: their own logits
-    present = [m for m in MODELS if list((args.run / m).glob("joint*.pt"))]
+    present = [m for m in MODELS if any(list((args.run / m).glob(f"{f}*.pt")) for f in ("joint", "projected"))]
     if not args.model and not present:
         sys.exit(f"{args.run} holds no trained model: {common.rerun('02_train_joint.py')} first")
     for name in [m for m in args.model or present if MODELS[m][0] == "blackbox"]:
@@ -226,7 +227,8 @@ def main():
         model, meta = common.load_model(path, f"02_train_joint.py --model {name}", device)
         common.same_input(meta, "prep", prep.path, path, f"02_train_joint.py --model {name}", args.force)
         logits = common.batched(lambda x: model(x)[0], prep, later, device)
-        save_predictions(name, "black box", model.classes, logits.numpy(), {f"{name}/joint.pt": common.file_hash(path)})
+        save_predictions(name, "black box", model.classes, logits.numpy(), {f"{name}/joint.pt": common.file_hash(path)},
+                         meta.get("warnings", []))
         print(f"{name:22s} fold 9 {summary[name]:.4f}", flush=True)
 
     # Prototype models: one pass for all scores, then the branch classifier
@@ -258,18 +260,19 @@ def main():
         common.save_npy(path.with_name("scores.npy"), scores)
         rows = np.searchsorted(prep.ecg_ids, [q["ecg_id"] for q in record["prototypes"]])
         p_code = [model.classes[c] for c in model.p_class.tolist()]
-        inputs = {f"{name}/{path.name}": common.file_hash(path)}
+        inputs, forced = {f"{name}/{path.name}": common.file_hash(path)}, meta.get("warnings", [])
         for step, head, s in (("joint", before.head, scores_before), ("projected", model.head, scores)):
             with torch.no_grad():
                 logits = head(torch.from_numpy(s[later]).to(device)).cpu().numpy()
             when = "before" if step == "joint" else "after"
             save_predictions(f"{name}-{step}", f"{name} with Stage 1's head, {when} projection", model.classes, logits,
-                             inputs)
-        made = common.provenance(common.config_of(meta), "04_fusion.py", projected=path, prep=prep.path)
+                             inputs, forced)
+        made = {**common.provenance(common.config_of(meta), "04_fusion.py", projected=path, prep=prep.path),
+                "warnings": forced}
         classify(name, f"{name} branch, sparse classifier", scores, rows, p_code, model.classes, inputs,
                  {**made, "model": name}, path.with_name("classifier.pt"))
         classify(f"{name}-unprojected", f"{name} branch, sparse classifier on the prototypes before projection",
-                 scores_before, rows, p_code, model.classes, inputs, {}, None)
+                 scores_before, rows, p_code, model.classes, inputs, {"warnings": forced}, None)
         cached[name] = (scores, scores_before, rows, p_code, model.classes, inputs, made)
 
     # Fusion: the branches' scores side by side, Eq. (9)
@@ -279,6 +282,7 @@ def main():
         classes = [c for c in CODES if c in codes]
         inputs = {k: v for b in BRANCHES for k, v in cached[b][5].items()}
         made = {**cached["rhythm"][6], "model": "fusion", "inputs": inputs,
+                "warnings": sum((cached[b][6]["warnings"] for b in BRANCHES), []),
                 "branches": [[b, cached[b][0].shape[1]] for b in BRANCHES]}
         classify("fusion", "fusion classifier, Eq. (10)", scores, rows, p_code, classes, inputs, made,
                  args.run / "fusion.pt")
@@ -286,16 +290,17 @@ def main():
                  args.run / "fusion-own.pt", own_only=True)
         for n, own_only in (("fusion", False), ("fusion-own", True)):
             classify(f"{n}-unprojected", f"{n} on the prototypes before projection", scores_before, rows, p_code,
-                     classes, inputs, {}, None, own_only)
+                     classes, inputs, {"warnings": made["warnings"]}, None, own_only)
 
     # Macro aggregation: each label from its own branch
     for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):
         if all(m in predictions["models"] for m in members):
-            logits = [np.load(args.run / f"logits_{m}.npy") for m in members]
-            classes = sum((predictions["models"][m]["classes"] for m in members), [])
+            logits = [common.load_npy(args.run / f"logits_{m}.npy", f"04_fusion.py --model {m}") for m in members]
+            classes, forced = (sum((predictions["models"][m].get(k, []) for m in members), [])
+                               for k in ("classes", "warnings"))
             merged = np.nan_to_num(np.stack(logits)).sum(0)[:, common.columns(classes)]  # the groups are disjoint
             save_predictions(name, "each label from its own branch", classes, merged,
-                             {k: v for m in members for k, v in predictions["models"][m]["inputs"].items()})
+                             {k: v for m in members for k, v in predictions["models"][m]["inputs"].items()}, forced)
             print(f"{name:22s} fold 9 {summary[name]:.4f}")
     if predictions["left_out"]:
         print(f"left out, without a training record: {' '.join(predictions['left_out'])}")

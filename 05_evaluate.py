@@ -163,6 +163,7 @@ def load_run(run, prep, force):
         joint[name] = read(common.newest(run / name, "joint", maker)[1].with_suffix(".json"), maker, "config", "device")
     first, *rest = [n for n in joint if MODELS[n][0] != "blackbox"] or joint
     stale += [f"{n} has other settings than {first}" for n in rest if joint[n]["config"] != joint[first]["config"]]
+    stale += sorted({w for m in models.values() for w in m.get("warnings", [])} - {*stale})  # forced in 02-04
     for warning in stale:
         print(f"WARNING: {warning}", file=sys.stderr)
     return models, joint, stale
@@ -682,6 +683,8 @@ def main():
     p.add_argument("--readme", action="store_true", help="only write the README's tables from tests/results/*.json")
     p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="Table 3 from exported review files")
     args = common.parse(p)
+    if args.save and not re.fullmatch(r"\w[\w.-]*", args.save):
+        p.error("--save takes a name of letters, digits, '.', '_' and '-', no path")
     if args.readme:
         return readme()
     if args.ratings:

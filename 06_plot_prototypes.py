@@ -254,8 +254,6 @@ def gallery(args, prep, records, words):
     """Pictures of all prototypes in a pool of processes, and gallery.html with a section for each label."""
     jobs, sections, figures = [], {}, args.run / "figures"
     for name, record in records.items():
-        for old in (figures / name).glob("*.png"):
-            old.unlink()
         for q in record["prototypes"]:
             file = f"{name}/{file_name(q['class'])}_{q['index']:04d}.png"
             about = f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}"
@@ -287,6 +285,9 @@ img {{ border: 1px solid #bbb; object-fit: contain }}</style><h1>{title}</h1>
 source and all labels of that ECG. Click a picture to enlarge it; printed at 100 % it has 25 mm/s and 10 mm/mV. For
 research, not for clinical use.{left_out}</p><ul>{"".join(contents)}</ul>{"".join(body)}</html>
 """, encoding="utf-8")
+    drawn = {path for path, *_ in jobs}
+    for old in [p for name in records for p in (figures / name).glob("*.png") if p not in drawn]:
+        old.unlink()  # of other prototypes; only now that no page shows it
     print(f"{args.run}: {len(jobs):,} prototypes -> {figures / 'gallery.html'}")
 
 
@@ -462,8 +463,6 @@ def case(args, prep, words, ecg_id=None):
             sys.exit(f"{', '.join(sorted(missing))}: no label of {args.run}'s models; choose from "
                      f"{', '.join(sorted({r['label'] for r in results}))}")
     folder, pages = args.run / "cases", [(r, q, i) for r in explained for i, q in enumerate(r["prototypes"], 1)]
-    for old in (folder / name).glob("*.png"):
-        old.unlink()
     with common.replacing(folder / f"{name}.pdf") as temporary, PdfPages(temporary) as pdf:
         for r, q, i in tqdm(pages, "pages", disable=None):
             fig = page(x, prep.signals[q["row"]], title, true, r, q, words)
@@ -474,6 +473,8 @@ def case(args, prep, words, ecg_id=None):
     common.save_json(folder / f"{name}.json", {
         "format": common.FORMAT, "kind": "protoecgnet-case", "run": str(args.run), "ecg_id": ecg_id, "title": title,
         "true_labels": codes, "explained": explained, "labels": labels, "descriptions": words})
+    for old in set((folder / name).glob("*.png")) - {folder / q["page"] for _, q, _ in pages}:
+        old.unlink()
     print(f"{args.run}: {title}: " + ", ".join(f"{words[r['label']]} {r['probability']:.3g}" for r in explained)
           + ("" if any(r["predicted"] for r in explained) else ", below its threshold") + f" -> {folder / name}.pdf")
 
@@ -685,9 +686,11 @@ def main():
     args = common.parse(p)
     if args.top < 1:
         p.error("--top must be at least 1")
+    if args.label and not (args.case or args.record is not None):
+        p.error("--label goes with --case or --record")
     prep = common.load_prep(args.prep)
     words = {c: f"{prep.info['descriptions'].get(c, '')} ({c})" for c in CODES}
-    if args.case or args.record:
+    if args.case or args.record is not None:
         for ecg_id in args.case or [None]:
             case(args, prep, words, ecg_id)
         return

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -446,7 +447,8 @@ def argument_parser(doc):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
     g.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     g.add_argument("--force", action="store_true",
-                   help="use artifacts of another data set, or replace a model of another setting")
+                   help="use artifacts of another data set (results.md then says so), or replace a model of another "
+                   "setting")
     return p
 
 
@@ -457,6 +459,8 @@ def parse(p, argv=None):
     args.data = args.data or Path("data/demo" if args.demo else "data/ptbxl")
     args.prep = args.prep or Path("runs/demo-prep" if args.demo else "runs/prep")
     args.run = args.run or Path(f"runs/demo{suffix}" if args.demo else f"runs/{args.recipe}")
+    if not 0 <= args.seed < 2**32:
+        p.error("--seed must be between 0 and 4294967295")
     if args.threads is not None:
         if args.threads < 1:
             p.error("--threads must be at least 1")
@@ -487,16 +491,24 @@ def process_pool(args):
         workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the stage's to answer
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, a limit on the size of a file
+BARRED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+
+
 def run(main):
-    """Call a stage's main(); turn Ctrl-C and a full disk into one sentence."""
+    """Call a stage's main(); turn Ctrl-C, a full disk and a folder that cannot be used into one sentence."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: finished files are whole; run the same command again (02 continues with --resume)")
     except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        sys.exit(f"the disk is full ({e.filename or 'while writing'}): free some space and run the same command again")
+        if e.errno in FULL:
+            sys.exit(f"the disk is full ({e.filename or 'while writing'}): free some space and run the same command "
+                     "again")
+        if e.errno in BARRED and e.filename:
+            sys.exit(f"{e.filename} cannot be used ({e.strerror}): put that right, or name another folder with --data, "
+                     "--prep or --run")
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,12 +522,33 @@ def replacing(path):
     """Yield a temporary path in the same folder; on success it becomes `path` in one step, on failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        sweep(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # for the sentence of `run`
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_swept = set()  # folders that this process has swept
+
+
+def sweep(folder):
+    """Remove the half-written files of processes that are no more: a killed run cannot."""
+    for leftover in folder.glob(".*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except (OverflowError, PermissionError, ValueError):  # not ours, or somebody else's
+            pass
 
 
 def save_json(path, value):
@@ -524,13 +557,15 @@ def save_json(path, value):
 
 
 def save_npy(path, array):
-    with replacing(path) as t, open(t, "wb") as f:
-        np.save(f, array, allow_pickle=False)
+    with replacing(path) as t:  # through memory: writing to a full disk, numpy and torch do not say what went wrong
+        np.save(buffer := io.BytesIO(), array, allow_pickle=False)
+        t.write_bytes(buffer.getbuffer())
 
 
 def save_pt(path, value):
-    with replacing(path) as t:
-        torch.save(value, t)
+    with replacing(path) as t:  # and torch would write the temporary name into it: another fingerprint every time
+        torch.save(value, buffer := io.BytesIO())
+        t.write_bytes(buffer.getbuffer())
 
 
 def load_json(path, maker):
@@ -598,12 +633,14 @@ def provenance(cfg, stage, **inputs):
 
 
 def same_input(meta, name, path, artifact, maker, force=False):
-    """Exit (or warn with --force) if `artifact`'s provenance `meta` was made from another `path` than is there now."""
+    """Exit if `artifact`'s provenance `meta` was made from another `path` than is there now. With --force that is a
+    warning, kept in meta["warnings"], which every stage hands on and 05 prints in results.md."""
     if meta["inputs"].get(name) == file_hash(_there(path, maker)):
         return
     message = f"{artifact} was made from another {path}: {rerun(maker)} again"
     if not force:
         sys.exit(message + " (or --force to use it all the same)")
+    meta["warnings"] = [*meta.get("warnings", []), message]
     print(f"WARNING: {message}", file=sys.stderr)
 
 

@@ -1,10 +1,7 @@
 """02_train_joint.py: training learns, resumes to the same bits, never sees fold 10, and fails with one sentence."""
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -211,35 +208,6 @@ def test_resume_refuses_another_setting(tiny_prep, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e:
         train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d", "--resume", "--lr", 0.5)
     assert "another setting" in sentence(e)
-
-
-def kill_and_resume(tmp_path, delays):
-    """Train in a process of its own, killed with -9 after each delay and resumed: no torn file, and it ends."""
-    command = [sys.executable, "02_train_joint.py", "--prep", str(tmp_path / "prep"), "--run", str(tmp_path / "run"),
-               "--model", "blackbox-rhythm", "--resume", *map(str, SMALL), "--blackbox-epochs", "6"]
-    folder = tmp_path / "run" / "blackbox-rhythm"
-    for delay in delays:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        for name in ("last.pt", "joint.pt"):
-            if (folder / name).exists():
-                common.load_pt(folder / name, "02_train_joint.py")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 6
-
-
-def test_kill_at_any_moment(tiny_prep, tmp_path):
-    tiny_prep()
-    kill_and_resume(tmp_path, (2.0, 3.0, 3.5))
-
-
-@pytest.mark.slow
-def test_many_kills(tiny_prep, tmp_path):
-    tiny_prep()
-    kill_and_resume(tmp_path, np.random.default_rng(0).uniform(1.5, 5, 20))
 
 
 def test_augmentation_keeps_shape_and_changes_every_record():
