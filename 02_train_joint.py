@@ -266,7 +266,8 @@ def train(name, args, cfg, prep):
             later.unlink()
     common.save_pt(out, {"meta": meta, "state": {k: v.cpu() for k, v in best_state.items()}})
     common.save_json(out.with_suffix(".json"), {**meta, "seconds": round(seconds, 1),
-                                                "threads": torch.get_num_threads(), "hardware": common.hardware(device)})
+                                                "threads": torch.get_num_threads(),
+                                                "hardware": common.hardware(device)})
     return best
 
 

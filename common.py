@@ -482,9 +482,14 @@ def parse(p, argv=None):
 _given = []  # the flags of this call that say which run it works on, for `rerun`
 
 
+def command_line(maker):
+    """The command that runs stage `maker` with the flags that say which run this is."""
+    return f"python {maker}{''.join(_given)}"
+
+
 def rerun(maker):
-    """What to do, for messages: run stage `maker` with the flags that say which run this is."""
-    return f"run `python {maker}{''.join(_given)}`"
+    """What to do, for messages: run stage `maker` on this run."""
+    return f"run `{command_line(maker)}`"
 
 
 def process_pool(args):
