@@ -331,7 +331,8 @@ def report(m):
     """results.md of a run's metrics."""
     predictions, positives, (box_name, box) = m["predictions"], m["counts"]["test_positives"], beside(m)
     suffix = {None: "", **{on: f" of {run}" for run, on in m["against"].items()}, m["contrastive"]: ""}
-    rare = [c for c, n in positives.items() if 0 < n < RARE]
+    codes = [c for c in CODES if any(c in GROUPS[g] for g in m["shown"])]  # of the groups that the run is about
+    rare = [c for c in codes if 0 < positives[c] < RARE]
 
     def ours(name, contrastive):
         p = contrastive in suffix and predictions.get(name + suffix[contrastive])
@@ -380,8 +381,8 @@ def report(m):
                    for _, name, each in by_group(m) for c, v in each.items()]),
             f"{len(rare)} labels have fewer than {RARE} positives in fold 10; they weigh as much as any other in the "
             f"macro mean, and their own intervals say little: {' '.join(rare)}.",
-            f"Not modelled, without a training record: {' '.join(m['left_out']) or 'none'}. In no mean, without a test "
-            f"positive: {' '.join(c for c, n in positives.items() if not n) or 'none'}."]
+            f"Not modelled, without a training record: {' '.join(c for c in m['left_out'] if c in codes) or 'none'}. In no "
+            f"mean, without a test positive: {' '.join(c for c in codes if not positives[c]) or 'none'}."]
     return "\n\n".join(out) + "\n"
 
 
@@ -570,7 +571,8 @@ def summary_text(m):
             out.append(f"- {setting}: macro-AUROC **{cell(m['predictions'][name]['auroc'])}** on fold 10. The paper "
                        f"reports {number(on if m['contrastive'] else off)}, by its authors' measure (see Headline).")
     out += [f"- {plain(what)}: {cell(v[:3], '+')}, the paired difference of their macro-AUROCs over {v[3]} labels."
-            for rows in m["differences"].values() for what, v in rows.items() if what.startswith(f"{first} - ") and v[3]]
+            for rows in m["differences"].values() for what, v in rows.items()
+            if what.startswith(f"{first} - ") and v[3]]
     if first in m["efficiency"]["models"]:
         e = m["efficiency"]["models"][first]
         out.append(f"- {first}: {e['parameters']:,} parameters in {e['MB']:g} MB, {e['ms 1']:g} ms for one ECG, peak "
@@ -714,9 +716,10 @@ nav ul { columns: 3 180px; padding-left: 20px } a { color: #0b4f8a }
 .wide { overflow-x: auto; margin: 16px 0 } table { border-collapse: collapse; font-size: 14px }
 th, td { border-bottom: 1px solid #ccc; padding: 3px 12px 3px 0; text-align: left; vertical-align: top }
 th { border-bottom: 2px solid #777 } td { font-variant-numeric: tabular-nums } tr { break-inside: avoid }
-pre { background: #f1f1f1; padding: 12px; overflow-x: auto } code { font-size: 14px }
+pre { background: #f1f1f1; padding: 12px; overflow-x: auto } code { font-size: 0.9em }
 figure { margin: 16px 0; overflow-x: auto; break-inside: avoid } img { max-width: 100% } figcaption { font-size: 14px }
-@media screen and (max-width: 700px) { .case img { max-width: none; width: 1000px } img { min-width: 640px } }
+@media screen and (max-width: 700px) { .case img { max-width: none; width: 1000px } img { max-width: max(100%, 560px) }
+  table { width: max-content; max-width: 640px } }
 @page { size: A4; margin: 14mm } @page wide { size: A4 landscape; margin: 10mm }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt } #results { break-before: page } .wide { overflow: visible }
