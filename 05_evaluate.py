@@ -366,7 +366,8 @@ def report(m):
             f"Measured in float32 on {machine_text(m['efficiency'])}, for one ECG at a time and for 256 at once. Time: "
             "from millivolts to logits, median after warm-up. Peak memory: while the model is loaded and run, "
             + ("of tensors on the GPU." if m["efficiency"]["device"].startswith("cuda") else
-               "the growth of the resident set of a process of its own, beyond Python and its libraries."),
+               "the growth of the resident set of a process of its own, beyond Python and its libraries; at batch 256 "
+               "another measurement may differ by a tenth."),
             "## Label groups",
             table(["prediction", *(f"{s} ({len(c)})" for s, c in SETS.items())],
                   [[n, *(cell(v) if v[3] else "–" for v in p["groups"].values())] for n, p in predictions.items()]),
