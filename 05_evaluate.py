@@ -184,7 +184,7 @@ def measure(paths, outputs, device, threads):
 
     paths: joint.pt of a black box, projected.pt of a branch, or those of all branches of a fusion with `outputs`
     labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (median of 25 and 5
-    repeats after two) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on a
+    repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on a
     GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
     """
     device = torch.device(device)
@@ -216,13 +216,13 @@ def measure(paths, outputs, device, threads):
                "MB": sum(w.nbytes for part in parts for w in part.state_dict().values()) / 1e6}
         for batch, repeats in ((1, 25), (256, 5)):
             x, seconds = torch.randn(batch, 12, 1000, device=device), []
-            for _ in range(2 + repeats):
+            for _ in range(1 + repeats):
                 began = time.perf_counter()
                 logits(x)
                 if cuda:
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - began)
-            out[f"ms {batch}"] = 1000 * float(np.median(seconds[2:])) / batch
+            out[f"ms {batch}"] = 1000 * float(np.median(seconds[1:])) / batch
             out[f"peak {batch}"] = (peak() - before) / unit
     return {k: v if k == "parameters" else float(f"{v:.3g}") for k, v in out.items()}
 
@@ -646,7 +646,7 @@ def reproduce_text(args, m, info):
     base = common.recipe(SimpleNamespace(**{**vars(args), "recipe": cfg.recipe, "seed": 42}))
     flags = f" --recipe {cfg.recipe}" * (cfg.recipe != args.recipe) + f" --seed {cfg.seed}" * (cfg.seed != 42)
     for k, v in m["config"].items():
-        if k not in ("recipe", "seed") and getattr(cfg, k) != getattr(base, k):
+        if k not in ("recipe", "seed", "per_class", "a", "rounds") and getattr(cfg, k) != getattr(base, k):
             flags += f" --{k.replace('_', '-')} {['no', 'yes'][v] if isinstance(v, bool) else v}"
     names = [n for n in m["trained"] if n != cfg.start]
     if sorted(names) != sorted(["rhythm"] if args.small else BRANCHES):
