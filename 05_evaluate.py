@@ -382,8 +382,8 @@ def report(m):
                    for _, name, each in by_group(m) for c, v in each.items()]),
             f"{len(rare)} labels have fewer than {RARE} positives in fold 10; they weigh as much as any other in the "
             f"macro mean, and their own intervals say little: {' '.join(rare)}.",
-            f"Not modelled, without a training record: {' '.join(c for c in m['left_out'] if c in codes) or 'none'}. In no "
-            f"mean, without a test positive: {' '.join(c for c in codes if not positives[c]) or 'none'}."]
+            f"Not modelled, without a training record: {' '.join(c for c in codes if c in m['left_out']) or 'none'}. In "
+            f"no mean, without a test positive: {' '.join(c for c in codes if not positives[c]) or 'none'}."]
     return "\n\n".join(out) + "\n"
 
 

@@ -122,7 +122,8 @@ def write_joint(run, prep, model="rhythm", seed=0, **settings_):
     net = common.build(meta, common.Scaler(**prep.info["scaler"]))
     path = run / model / "joint.pt"
     common.save_pt(path, {"meta": json.loads(json.dumps(meta)), "state": net.state_dict()})
-    common.save_json(path.with_suffix(".json"), {**meta, "seconds": 1.5, "hardware": "none", "epochs": 0, "best_epoch": 0})
+    common.save_json(path.with_suffix(".json"), {**meta, "seconds": 1.5, "hardware": "none", "epochs": 0,
+                                                 "best_epoch": 0})
     return path
 
 

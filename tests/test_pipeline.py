@@ -35,7 +35,7 @@ def test_help_is_the_docstring_and_names_every_flag(script):
     text = python(script, "--help")
     first = (ROOT / script).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
     assert first in text
-    for flag in ("--data", "--prep", "--run", "--recipe", "--model", "--small", "--demo", "--seed", "--device", "--threads"):
+    for flag in "--data --prep --run --recipe --model --small --demo --seed --device --threads".split():
         assert flag in text
     assert re.search(r"(?m)^reads ", text) and re.search(r"(?m)^writes ", text) and "Last line:" in text
 
