@@ -11,6 +11,7 @@ writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log
 
     python 02_train_joint.py                     the three branches: rhythm, morphology, global
     python 02_train_joint.py --model rhythm      one of them
+    python 02_train_joint.py --small             the small rhythm branch, on its 16 labels alone, in runs/small
     python 02_train_joint.py --recipe paper      the authors' settings, in runs/paper
     python 02_train_joint.py --resume            after an interruption: finished models are kept
     torchrun --nproc_per_node=4 -- 02_train_joint.py         on four GPUs
@@ -682,7 +683,7 @@ def main():
         p.error("--batch, --blackbox-epochs, --width, --top-k and --per-class must be at least 1")
     if max(cfg.dropout, cfg.blackbox_ema) >= 1:
         p.error("--dropout and --blackbox-ema must be below 1")
-    names = args.model or common.BRANCHES
+    names = args.model or (["rhythm"] if args.small else common.BRANCHES)
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")
     prototypes = any(MODELS[n][0] != "blackbox" for n in names)

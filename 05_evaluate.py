@@ -3,31 +3,42 @@
 How good every prediction of 04 is and how sure that is (bootstrap of test patients, the same draws for all, so that
 differences are paired), what interpretability cost step by step, and the paper's numbers beside ours.
 
-reads   PREP/*.npy, RUN/predictions.json, RUN/logits_NAME.npy, RUN/MODEL/joint.json and prototypes.json
+reads   PREP/*.npy, RUN/predictions.json, RUN/logits_NAME.npy, RUN/MODEL/joint.json and prototypes.json; to measure
+        size, time and memory RUN/MODEL/joint.pt and projected.pt; for the report RUN/cases/*.json and their pages
 writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for byte the same each time),
-        RUN/figures/per_class_auroc.png and roc.png
+        RUN/figures/per_class_auroc.png and roc.png; RUN/efficiency.json, measured once; RUN/report.html
 
     python 05_evaluate.py                        everything that 04 has predicted in the run
     python 05_evaluate.py --against runs/plain   also paired differences to another run, such as one without contrastive
                                                  loss, which then fills that column of the paper's tables
     python 05_evaluate.py --ensemble runs/b runs/c      also the mean of these runs' 1D black boxes and ours
+    python 05_evaluate.py --report               also write report.html: the whole run on one page, to read or to print
     python 05_evaluate.py --save NAME            also keep the numbers as tests/results/NAME.json
     python 05_evaluate.py --ratings A.json B.json       the paper's Table 3 from files that 06's review page exported
     python 05_evaluate.py --readme               only write the README's tables from tests/results/*.json
 
-Takes 10 to 20 s on 2 CPU cores; no GPU needed.
+Takes 10 to 20 s on 2 CPU cores, the first time some seconds more for each model; no GPU needed.
 Last line: `runs/default: fusion .9321 [.9250, .9390] over 71 classes -> runs/default/results.md`, with your numbers.
 """
+import base64
+import html
 import itertools
 import json
+import multiprocessing
 import re
+import resource
+import signal
 import sys
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_curve
@@ -42,6 +53,7 @@ HERE = Path(__file__).parent
 DRAWS, BATCH, RARE = 1000, 32, 10  # bootstrap draws; the authors' batch; a class with fewer test positives is rare
 SETS = {**{b: GROUPS[b] for b in BRANCHES},  # Strodthoff et al. 2021 count four of the 16 as diagnostic statements
         "Strodthoff's rhythm": [c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]}
+EFFICIENCY = ["parameters", "MB of weights", "ms per ECG (batch 1 / 256)", "peak MB (batch 1 / 256)"]
 STEPS = ("-joint", "-projected", "-unprojected")  # predictions on the way to a model's final one
 ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro", "blackbox-ensemble"]
 PAPER = [  # Tables 1 and 2: setting, prediction, AUROC without and with contrastive loss, black box, its AUROC
@@ -71,6 +83,13 @@ MEASURES = {  # metric of interpretability: what it is
     "top class": "Share of records whose highest logit stays with its class: under white noise of 20 dB (aim: 95 % or "
                  "more), 0.5 mV of baseline wander before the filter, and circular shifts.",
     "window": "Share of records in which the first prototype of that class matches the same place, to one latent step."}
+COURSE = [  # size against quality: what, prediction, width, start of the backbone (None: a black box starts at random)
+    ("rhythm branch, small, rhythm labels alone (`--small`)", "rhythm", 32, "blackbox-rhythm"),
+    ("the same from a black box on 71 labels", "rhythm", 32, "blackbox-1d"),
+    ("rhythm branch, full, rhythm labels alone", "rhythm", 64, "blackbox-rhythm"),
+    ("the same from a black box on 71 labels", "rhythm", 64, "blackbox-1d"),
+    ("ResNet18 black box, small, rhythm labels alone", "blackbox-rhythm", 32, None),
+    ("ResNet18 black box, full, rhythm labels alone", "blackbox-rhythm", 64, None)]
 PAIRS = {  # paired differences, first - second, by the question that they answer
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
@@ -129,14 +148,14 @@ def read(path, maker, *keys):
     """The JSON object of `path`; exits naming its maker when it is missing, damaged or without one of `keys`."""
     value = common.load_json(path, maker)
     if not isinstance(value, dict) or value.get("format") != common.FORMAT or any(k not in value for k in keys):
-        sys.exit(f"{path} is damaged or of another version: run `python {maker}` again")
+        sys.exit(f"{path} is damaged or of another version: {common.rerun(maker)} again")
     return value
 
 
 def load_run(run, prep, force):
     """A run's ({prediction: what 04 says of it, with its logits of fold 9 and of fold 10 [., 71]}, {model: joint.json},
     warnings). Exits when something that the predictions were made from has changed; with `force` that is a warning."""
-    path, again, stale = run / "predictions.json", "run `python 04_fusion.py` again", []
+    path, again, stale = run / "predictions.json", f"{common.rerun('04_fusion.py')} again", []
     saved = read(path, "04_fusion.py", "inputs", "models")
     models = {n: saved["models"][n] for n in sorted(saved["models"], key=[*ORDER, *saved["models"]].index)}
     if not any(n in MODELS for n in models):
@@ -369,6 +388,86 @@ def interpretability(run, prep, models, device, seed):
     return found
 
 
+# What a model asks of a machine: size, time, memory
+
+def measure(paths, outputs, device, threads):
+    """Size, time and memory of one model in float32, in a process of its own; device by name.
+
+    paths: joint.pt of a black box, projected.pt of a branch, or those of all branches of a fusion with `outputs`
+    labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (median of 25 and 5
+    repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on a
+    GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
+    """
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        tiny = common.Config(width=8)
+        common.ProtoECGNet("partial", ["SR"], [1], tiny)(torch.zeros(2, 12, 1000))  # brings the libraries into memory
+        unit = 1e6 if cuda or sys.platform == "darwin" else 1e6 / 1024                      # ru_maxrss is KiB on Linux
+
+        def peak():
+            return torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(
+                resource.RUSAGE_SELF).ru_maxrss
+
+        before = peak()
+        networks = [common.load_model(p, "02_train_joint.py", device)[0] for p in paths]
+        parts = networks
+        if len(networks) > 1:  # similarities of all branches side by side, Eq. (9), and one classifier for them
+            head = torch.nn.Linear(sum(len(n.p) for n in networks), outputs, device=device)
+            for network in networks:
+                network.head = torch.nn.Identity()
+            parts = [*networks, head]
+
+        def logits(x):
+            s = [network(x)[0] for network in networks]
+            return s[0] if len(networks) == 1 else head(torch.cat(s, 1))
+
+        out = {"parameters": sum(w.numel() for part in parts for w in part.parameters()),
+               "MB": sum(w.nbytes for part in parts for w in part.state_dict().values()) / 1e6}
+        for batch, repeats in ((1, 25), (256, 5)):
+            x, seconds = torch.randn(batch, 12, 1000, device=device), []
+            for _ in range(1 + repeats):
+                began = time.perf_counter()
+                logits(x)
+                if cuda:
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - began)
+            out[f"ms {batch}"] = 1000 * float(np.median(seconds[1:])) / batch
+            out[f"peak {batch}"] = (peak() - before) / unit
+    return {k: v if k == "parameters" else float(f"{v:.3g}") for k, v in out.items()}
+
+
+def efficiency(args, models):
+    """What `measure` says of every network of the run and of its fusion, with the machine it says it of.
+
+    Kept in RUN/efficiency.json, so that an evaluation repeated says the same; measured again when the weights, the
+    hardware, the threads or torch are others.
+    """
+    path = args.run / "efficiency.json"
+    machine = {"hardware": common.hardware(args.device), "device": str(args.device),
+               "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    try:
+        old = json.loads(path.read_text())
+        known = old["models"] if old["machine"] == machine else {}
+        known = {n: row for n, row in known.items() if n in models and row["inputs"] == models[n]["inputs"]}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # none yet, or not whole
+        known = {}
+    # a server that has the libraries but has computed nothing forks a fresh process for each model
+    multiprocessing.set_forkserver_preload(["common", "matplotlib.figure", "sklearn.metrics"])
+    fresh = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), signal.signal,
+                                (signal.SIGINT, signal.SIG_IGN), max_tasks_per_child=1)
+    names = [n for n in models if n in MODELS or n == "fusion"]
+    names = [n for n in names if all((args.run / k).is_file() for k in models[n]["inputs"])]
+    with fresh:
+        for name in tqdm([n for n in names if n not in known], desc="efficiency", leave=False, disable=None):
+            paths = [args.run / k for k in models[name]["inputs"]]
+            row = fresh.submit(measure, paths, len(models[name]["classes"]), str(args.device), machine["threads"])
+            known[name] = {**row.result(), "inputs": models[name]["inputs"]}
+    common.save_json(path, {"format": common.FORMAT, "machine": machine, "models": known})
+    return {**machine, "models": {n: {k: v for k, v in known[n].items() if k != "inputs"} for n in names}}
+
+
 # Text, all of it made from metrics.json
 
 def number(v, sign=""):
@@ -414,7 +513,7 @@ def cost_table(m):
                    f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]])
 
 
-def measure(metric, found):
+def interpretability_cell(metric, found):
     """A metric of interpretability of one model ({metric: value}) as a cell; of a drop both cuts, and their ratio."""
     drops = [found.get(f"{metric}, {cut}") for cut in ("cut", "control")]
     if None not in drops:
@@ -433,7 +532,7 @@ def interpretability_table(columns_):
     for metric in MEASURES:
         variants = [k for k in measured if k.startswith(metric + ", ") and "drop" not in metric] or [metric]
         for k in variants:
-            each = [[measure(k, found) for found in some] for some in columns_.values()]
+            each = [[interpretability_cell(k, found) for found in some] for some in columns_.values()]
             rows.append([k, *(" / ".join(c for c in cells if c != "–" or len(cells) == 1) or "–" for cells in each)])
     return table(["", *columns_], rows)
 
@@ -453,6 +552,25 @@ def definitions():
         f"- {metric}: {definition}" for metric, definition in MEASURES.items())
 
 
+def efficiency_cells(row):
+    """A row of metrics["efficiency"]["models"] as the cells of a table: parameters, MB, ms and peak at both batches."""
+    return [f"{row['parameters']:,}", f"{row['MB']:g}", *(f"{row[f'{k} 1']:g} / {row[f'{k} 256']:g}"
+                                                          for k in ("ms", "peak"))]
+
+
+def machine_text(e):
+    """The machine of metrics["efficiency"], in words."""
+    threads = f", {e['threads']} CPU thread{'s' * (e['threads'] > 1)}"
+    return e["hardware"] + threads * (not e["device"].startswith("cuda"))
+
+
+def beside(m):
+    """(name, {code: its AUROC ...}) of the black box to show beside classes: on all labels, or else of one group."""
+    boxes = [n for n in ("blackbox-1d", *(f"blackbox-{b}" for b in BRANCHES)) if n in m["per_class"]]
+    name = boxes[0] if boxes else "black box"
+    return name, m["per_class"].get(name, {})
+
+
 def by_group(m):
     """[(group, the prediction that stands for it, {code: [AUROC, low, high, AUPRC, F1, threshold]} best first)]."""
     return [(g, name, {c: v for c, v in sorted(m["per_class"][name].items(), key=lambda item: -(item[1][0] or 0))
@@ -461,9 +579,10 @@ def by_group(m):
 
 def report(m):
     """results.md of a run's metrics."""
-    predictions, positives, box = m["predictions"], m["counts"]["test_positives"], m["per_class"].get("blackbox-1d", {})
+    predictions, positives, (box_name, box) = m["predictions"], m["counts"]["test_positives"], beside(m)
     suffix = {None: "", **{on: f" of {run}" for run, on in m["against"].items()}, m["contrastive"]: ""}
-    rare = [c for c, n in positives.items() if 0 < n < RARE]
+    codes = [c for c in CODES if any(c in GROUPS[g] for g in m["shown"])]  # of the groups that the run is about
+    rare = [c for c in codes if 0 < positives[c] < RARE]
 
     def ours(name, contrastive):
         p = contrastive in suffix and predictions.get(name + suffix[contrastive])
@@ -495,6 +614,13 @@ def report(m):
             "## Interpretability", interpretability_table(
                 {n + suffix: [found] for suffix, some in m["interpretability"].items() for n, found in some.items()}),
             definitions(),
+            "## Efficiency",
+            table(["model", *EFFICIENCY], [[n, *efficiency_cells(r)] for n, r in m["efficiency"]["models"].items()]),
+            f"Measured in float32 on {machine_text(m['efficiency'])}, for one ECG at a time and for 256 at once. Time: "
+            "from millivolts to logits, median after warm-up. Peak memory: while the model is loaded and run, "
+            + ("of tensors on the GPU." if m["efficiency"]["device"].startswith("cuda") else
+               "the growth of the resident set of a process of its own, beyond Python and its libraries; at batch 256 "
+               "another measurement may differ by a tenth."),
             "## Label groups",
             table(["prediction", *(f"{s} ({len(c)})" for s, c in SETS.items())],
                   [[n, *(cell(v) if v[3] else "–" for v in p["groups"].values())] for n, p in predictions.items()]),
@@ -504,33 +630,60 @@ def report(m):
                     [[what, v[3], cell(v[:3], "+"), "yes" if v[1] > 0 or v[2] < 0 else "no"]
                      for what, v in rows.items() if v[3]]) for question, rows in m["differences"].items()),
             "## Classes",
-            table(["label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1", "at logit", "black box 1D"],
-                  [[c, name, positives[c], cell(v[:3]), *map(number, v[3:]), number(box.get(c, [None])[0])]
+            table(["label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1", "at logit", box_name],
+                  [[c, name, positives[c], cell(v[:3]), *map(number, v[3:]), cell(box[c][:3]) if c in box else "–"]
                    for _, name, each in by_group(m) for c, v in each.items()]),
             f"{len(rare)} labels have fewer than {RARE} positives in fold 10; they weigh as much as any other in the "
             f"macro mean, and their own intervals say little: {' '.join(rare)}.",
-            f"Not modelled, without a training record: {' '.join(m['left_out']) or 'none'}. In no mean, without a test "
-            f"positive: {' '.join(c for c, n in positives.items() if not n) or 'none'}."]
+            f"Not modelled, without a training record: {' '.join(c for c in codes if c in m['left_out']) or 'none'}. In "
+            f"no mean, without a test positive: {' '.join(c for c in codes if not positives[c]) or 'none'}."]
     return "\n\n".join(out) + "\n"
 
 
+def course_table(runs, pooled):
+    """Size against quality on the 16 rhythm labels, from saved `runs` of the default recipe with all of fold 10;
+    pooled(runs, prediction, contrastive) -> a cell."""
+    rows, free = [], ("seed", "width", "start", "blackbox_epochs")
+    for what, name, width, start in COURSE:
+        some = [r for r in runs if r["recipe"] == "default" and r["counts"]["test"] == 2198 and name in r["predictions"]
+                and r["width"] == width and start in (None, r["config"]["start"]) and not changed(r, free)]
+        measured = [r["efficiency"] for r in some if name in r.get("efficiency", {}).get("models", {})][:1]
+        rows.append([what, pooled(some, name, True)] + (
+            [*efficiency_cells(measured[0]["models"][name]), machine_text(measured[0])] if measured else ["–"] * 5))
+    rows.append(["the paper's rhythm branch, by its authors' measure", number(PAPER[0][3]), *["–"] * 5])
+    return table(["model", "macro-AUROC, 16 labels", *EFFICIENCY, "measured on"], rows)
+
+
+def changed(run, free=("seed", "width")):
+    """The settings of a saved run that are not its recipe's (with or without contrastive loss), as text; those of
+    `free` may differ."""
+    base = common.RECIPES[run["recipe"]]
+    base = asdict(base if run["contrastive"] else common.without_contrastive(base))
+    return [f"{k} {v}" for k, v in run["config"].items() if k not in free and v != json.loads(json.dumps(base.get(k)))]
+
+
+def fill(text, what, parts):
+    """`text` with `parts` as paragraphs between its two markers <!-- what:begin --> and <!-- what:end -->."""
+    begin, end = f"<!-- {what}:begin -->", f"<!-- {what}:end -->"
+    if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
+        sys.exit(f"README.md needs one line {begin} and below it one line {end}: add them")
+    return "\n\n".join([text.split(begin)[0] + begin, *parts, end]) + text.split(end)[1]
+
+
 def readme():
-    """Write the tables of tests/results/*.json between README.md's two markers, pooling runs that differ in seed."""
+    """Write the tables of tests/results/*.json between README.md's markers, pooling runs that differ in seed."""
     keys = "recipe seed width contrastive config counts predictions differences cost trained hardware".split()
     runs = [read(f, "05_evaluate.py --save NAME", *keys) for f in sorted((HERE / "tests" / "results").glob("*.json"))]
-    path, begin, end = HERE / "README.md", "<!-- results:begin -->", "<!-- results:end -->"
+    path = HERE / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not runs:
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
-    if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
-        sys.exit(f"{path.name} needs one line {begin} and below it one line {end}: add them")
     same = {}  # runs that differ in nothing but seed and contrastive loss, by what they have in common
     for run in runs:
-        base = common.replace(common.RECIPES[run["recipe"]], seed=run["seed"], width=run["width"])
-        base = asdict(base if run["contrastive"] else common.without_contrastive(base))
-        changed = [f"{k} {v}" for k, v in run["config"].items() if k in base and v != json.loads(json.dumps(base[k]))]
+        if run["config"]["start"] == "blackbox-rhythm" and run["predictions"].keys() <= {"rhythm", "blackbox-rhythm"}:
+            continue  # the course's
         what = f"{run['recipe']} recipe, width {run['width']}, {run['counts']['test']:,} test records"
-        same.setdefault((what, ", ".join(changed)), []).append(run)
+        same.setdefault((what, ", ".join(changed(run))), []).append(run)
 
     def pooled(some, name, contrastive, key="auroc"):
         """Value [interval] of one seed, or mean ± standard deviation over several."""
@@ -542,14 +695,14 @@ def readme():
         return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds)"
 
     tables, ablations = [], []
-    for (what, changed), some in sorted(same.items()):
+    for (what, other), some in sorted(same.items()):
         names = ("fusion", "fusion-own", *BRANCHES)
-        ablations += [[f"{what.partition(',')[0]}, {what.split(', ')[1]}: {changed or 'as it is'}"
+        ablations += [[f"{what.partition(',')[0]}, {what.split(', ')[1]}: {other or 'as it is'}"
                        f"{'' if contrastive else ', no contrastive'}",
                        *(pooled(those, n, None, key) for n in names for key in ("fold 9", "auroc"))]
                       for contrastive in (True, False)
                       if (those := [r for r in some if r["contrastive"] == contrastive])]
-        if changed:
+        if other:
             continue
         first = min(some, key=lambda r: (not r["contrastive"], r["seed"]))
         times = ", ".join(f"{n} {t['seconds'] / 60:.0f}" for n, t in first["trained"].items() if t.get("seconds"))
@@ -562,7 +715,7 @@ def readme():
                          [[question, pair, cell(v[:3], "+"), answer(question, v)] for r in some
                           if r["seed"] == first["seed"] for question, rows in r["differences"].items()
                           if r is first or "4.2" in question for pair, v in rows.items() if v[3]])]
-    if any(changed for _, changed in same):
+    if any(other for _, other in same):
         tables += ["**Ablations** (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
                    table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations)]
     kinds = {}  # interpretability side by side, of the first run of a kind
@@ -573,8 +726,9 @@ def readme():
     if kinds:
         tables += ["**Interpretability** (rhythm / morphology / global / fusion, where it applies)",
                    interpretability_table(kinds), definitions()]
+    text = fill(fill(text, "results", tables), "course", [course_table(runs, pooled)])
     with common.replacing(path) as t:
-        t.write_text("\n\n".join([text.split(begin)[0] + begin, *tables, end]) + text.split(end)[1], encoding="utf-8")
+        t.write_text(text, encoding="utf-8")
     print(f"{path.name}: tables of {len(runs)} runs")
 
 
@@ -633,7 +787,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
 
 def plot_classes(m):
     """Every class with its interval, by group, best first, in columns read from top to bottom."""
-    positives, box = m["counts"]["test_positives"], m["per_class"].get("blackbox-1d", {})
+    positives, (box_name, box) = m["counts"]["test_positives"], beside(m)
     rows = [row for group, name, each in by_group(m) for row in [(f"{group} labels ({name})", None), *each.items()]]
     height = -(-len(rows) // -(-len(rows) // 26))                                          # rows of a column
     parts = [rows[i:i + height] for i in range(0, len(rows), height)]
@@ -651,7 +805,7 @@ def plot_classes(m):
         ax.tick_params(axis="y", length=0)
         ax.spines[["top", "right", "left"]].set_visible(False)
     fig.suptitle("AUROC of each class, 95 % interval, number of test positives\n"
-                 f"hollow: fewer than {RARE}" + "; orange bar: black box 1D" * bool(box), fontsize=10)
+                 f"hollow: fewer than {RARE}" + f"; orange bar: {box_name}" * bool(box), fontsize=10)
     return fig
 
 
@@ -674,12 +828,228 @@ def plot_roc(m, y, models):
     return fig
 
 
+# The final report: one page for the browser and for paper, made from what the stages wrote
+
+def plain(text):
+    """Text from a file as markdown that says just that."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(str(text).split()))
+
+
+def image(path, text):
+    """A PNG file as a figure that is part of the page."""
+    data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(text)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def summary_text(m):
+    """The run in a few sentences: every prediction that the paper has a number for, and what is known of the first."""
+    first, out = next(iter(m["predictions"])), []
+    for setting, name, off, on, *_ in PAPER:
+        if name in m["predictions"]:
+            out.append(f"- {setting}: macro-AUROC **{cell(m['predictions'][name]['auroc'])}** on fold 10. The paper "
+                       f"reports {number(on if m['contrastive'] else off)}, by its authors' measure (see Headline).")
+    out += [f"- {plain(what)}: {cell(v[:3], '+')}, the paired difference of their macro-AUROCs over {v[3]} labels."
+            for rows in m["differences"].values() for what, v in rows.items()
+            if what.startswith(f"{first} - ") and v[3]]
+    if first in m["efficiency"]["models"]:
+        e = m["efficiency"]["models"][first]
+        out.append(f"- {first}: {e['parameters']:,} parameters in {e['MB']:g} MB, {e['ms 1']:g} ms for one ECG, peak "
+                   f"memory {e['peak 1']:g} MB, on {plain(machine_text(m['efficiency']))}.")
+    return "\n".join(out)
+
+
+def approach_text(m, info):
+    """What was done to the records and how the models were trained, by the names of the paper and the proposal."""
+    cfg, trained = m["config"], m["trained"]
+    loss = " + ".join(f"{cfg[f'lambda_{k}']:g} x {what}" for k, what in (
+        ("clst", "clustering"), ("sep", "separation"), ("div", "diversity / P²"), ("cntrst", "contrastive / √P")))
+    rows = [
+        ("Baseline-wander removal", info["filter"]),
+        ("Standardisation", "StandardScaler per lead, fitted on folds 1-8" if cfg["scale_input"] else "none"),
+        ("Tensors", "x [records, 12 leads, 1,000 samples], ten seconds at 100 Hz, mV"),
+        ("Multi-label encoding", "a label is 1 if its SCP code is stated, whatever the likelihood"),
+        ("Predefined folds", "1-8 for training, 9 for every choice, 10 for the results"),
+        ("Inverse-frequency class weights", "(N - n) / n" if cfg["class_weights"] else "no (`--class-weights yes`)"),
+        ("Weighted random sampling", "by the inverse frequency of a record's labels" if cfg["sampler"] == "weighted"
+         else "no (`--sampler weighted`)"),
+        ("Backbone", f"ResNet18 with {cfg['width']} channels in its first stage; branches start from {cfg['start']}"),
+        ("Five loss terms, Eq. (2)", f"binary cross-entropy + {loss}"),
+        ("Stage 1, joint training", "; ".join(f"{n}: {t['epochs']} epochs, best {t['best_epoch']}" for n, t in
+                                              trained.items() if t.get("epochs"))),
+        *(("Stage 2, projection", f"{r['name']}: {r['prototypes']} prototypes became {r['distinct']} different patches "
+           f"of training ECGs, at a mean cosine distance of {r['gap']:.3f}") for r in m["cost"] if r["name"] in MODELS),
+        *(("Stage 3, classifier", f"{r['name']}: {r['nonzero']} of {r['weights']} weights are not 0")
+          for r in m["cost"]),
+        ("Measure", "macro-AUROC on the whole of fold 10 at once")]
+    return ("ProtoECGNet compares an ECG with prototypes, each a patch of a training ECG of one class, in the latent "
+            "space of a residual network, and decides by a sparse linear layer on the similarities (Sethi et al., MLHC "
+            "2025). So each decision can be traced to ECGs of other patients.\n\n"
+            + table(["step", "in this run"], [(k, v if "`" in v else plain(v)) for k, v in rows]))
+
+
+def data_text(m, info):
+    """Records of each split, and how often each modelled label occurs."""
+    sizes, codes = info["sizes"], [c for c in CODES for g in m["shown"] if c in GROUPS[g]]
+    codes.sort(key=lambda c: -info["training_positives"][c])
+    return "\n\n".join([
+        f"PTB-XL, {info['records']:,} ten-second 12-lead ECGs at 100 Hz; patients stay within a fold. Skipped as "
+        f"unreadable: {len(info['skipped'])}.",
+        table(["split", "folds", "records"], [["training", "1-8", f"{sizes['train']:,}"],
+              ["validation", "9", f"{sizes['validation']:,}"],
+              ["test", "10", f"{sizes['test']:,} of {m['counts']['test_patients']:,} patients"]]),
+        table(["label", "meaning", "group", "training records", "test records"],
+              [[plain(c), plain(info["descriptions"][c]), next(g for g in BRANCHES if c in GROUPS[g]),
+                f"{info['training_positives'][c]:,}", f"{m['counts']['test_positives'][c]:,}"] for c in codes])])
+
+
+def limits_text(m):
+    """What the numbers of this run do not show, then the README's section on limits."""
+    rare = [c for c, n in m["counts"]["test_positives"].items() if 0 < n < RARE and any(
+        c in GROUPS[g] for g in m["shown"])]
+    own = [f"- One run with one seed ({m['seed']}): how much another seed would change is not in the intervals, which "
+           "are over test patients.",
+           f"- {len(rare)} labels have fewer than {RARE} test records and weigh as much as any other in the mean: "
+           f"{', '.join(map(plain, rare)) or 'none'}.",
+           "- The paper's numbers are means over test batches of 32, ours are over the whole test set at once."]
+    own += ["- **The test set is not the paper's 2,198 records.**"] * (m["counts"]["test"] != 2198)
+    page = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").is_file() else ""
+    general = re.search(r"(?ms)^## Limits\n(.*?)(?=^## |\Z)", page)
+    return "\n".join(own) + "\n\n" + (general[1].strip() if general else "")
+
+
+def reproduce_text(args, m, info):
+    """The commands that make this run, then settings, versions, hardware and seed."""
+    cfg = common.config_of(m)
+    base = common.recipe(SimpleNamespace(**{**vars(args), "recipe": cfg.recipe, "seed": 42}))
+    flags = f" --recipe {cfg.recipe}" * (cfg.recipe != args.recipe) + f" --seed {cfg.seed}" * (cfg.seed != 42)
+    for k, v in m["config"].items():
+        if k not in ("recipe", "seed", "per_class", "a", "rounds") and getattr(cfg, k) != getattr(base, k):
+            flags += f" --{k.replace('_', '-')} {['no', 'yes'][v] if isinstance(v, bool) else v}"
+    names = [n for n in m["trained"] if n != cfg.start]
+    if sorted(names) != sorted(["rhythm"] if args.small else BRANCHES):
+        flags += f" --model {' '.join(names or m['trained'])}"
+    records = f" --records {info['records']}" * (info["records"] != 21799 and not args.demo)
+    lines = ["python 00_download.py" + " --demo" * args.demo, common.command_line("01_preprocess.py") + records]
+    for round_ in range(1, cfg.rounds + 1):
+        lines += [common.command_line("02_train_joint.py") + flags + f" --round {round_}" * (round_ > 1),
+                  common.command_line("03_project.py")]
+    lines += map(common.command_line, ("04_fusion.py", "05_evaluate.py", f"06_plot_prototypes.py{example(args, info)}",
+                                       "05_evaluate.py --report"))
+    about = [("seed", cfg.seed), *m["versions"].items(), ("evaluated on", m["hardware"]),
+             *((f"{n} trained on", f"{t['hardware']}" + (f", {t['seconds'] / 60:.1f} minutes" if t["seconds"] else ""))
+               for n, t in m["trained"].items() if t.get("hardware")),
+             *((f"fingerprint of {k}", v) for k, v in {**info["inputs"], **info["sha256"]}.items())]
+    settings = [(k, " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v) for k, v in m["config"].items()]
+    return "\n\n".join(["Install `requirements.txt`, then in the folder of the scripts:", "```\n" + "\n".join(lines) +
+                        "\n```", table(["what", "value"], [map(plain, row) for row in about]),
+                        "Every setting (`Config` in common.py says what each one is):",
+                        table(["setting", "value"], [map(plain, row) for row in settings])])
+
+
+def example(args, info):
+    """Flags of 06 for test ECGs worth a look: those of the paper's Figures 3, 4 and 6, or the first ones."""
+    test = info["test_ecgs"]
+    return " --case " + " ".join(str(e) for e in [e for e in (449, 3908, 12126) if e in test] or test[:3])
+
+
+def cases_html(args, render, prep, info):
+    """Every case that 06 explained: its labels, the prototypes that speak for them, and the pages that it drew."""
+    out = []
+    for path in sorted((args.run / "cases").glob("*.json"), key=lambda p: (len(p.stem), p.stem)):
+        flags = f" --case {path.stem}" if path.stem.isdecimal() else " --record PATH"
+        maker = f"06_plot_prototypes.py{flags}"
+        found = read(path, maker, "inputs", "title", "true_labels", "explained")
+        for key in found["inputs"]:
+            source = prep.path if key == "prep" else args.run / key
+            common.same_input(found, key, source, path, maker, args.force)
+        try:
+            rows, pages = [], []
+            for r in found["explained"]:
+                verdict = f"{r['probability']:.3g}, {'≥' if r['predicted'] else '<'} {r['threshold']:.3g}"
+                for q in r["prototypes"]:
+                    rows.append([plain(r["label"]), verdict, plain(f"{q['model']} {q['index']}"), plain(q["class"]),
+                                 f"{q['ecg_id']:d}", plain(" ".join(q["labels"])), f"{q['similarity']:.3f}",
+                                 f"{q['contribution']:+.3f}"])
+                    text = f"{found['title']} (left) and prototype {q['model']} {q['index']} (right), for {r['label']}"
+                    pages.append(image(path.with_suffix("") / Path(q["page"]).name, text))
+            true = "not known" if found["true_labels"] is None else ", ".join(found["true_labels"]) or "none"
+            text = f"### {plain(found['title'])}\n\nTrue labels: {plain(true)}.\n\n" + table(
+                ["label", "probability, threshold", "prototype", "of class", "source ECG", "its labels", "similarity",
+                 "contribution"], rows)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):
+            sys.exit(f"{path} or one of its pages is damaged: {common.rerun(maker)} again")
+        out.append(f'<div class="case">{render(text)}{"".join(pages)}</div>')
+    again = f"`{common.command_line('06_plot_prototypes.py' + example(args, info))}`"
+    note = ("A contribution is the weight of a prototype times how far its similarity lies above its mean over the "
+            f"training records, in standard deviations. {again} adds more." if out else
+            f"No ECG has been explained yet: run {again}, then this command again.")
+    return render(note) + "".join(out)
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 0 auto; padding: 0 16px 48px }
+h1 { line-height: 1.2; margin-bottom: 0 } h2 { border-bottom: 2px solid #0b4f8a; margin-top: 48px; color: #0b4f8a }
+h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere } h2, h3 { break-after: avoid }
+nav ul { columns: 3 180px; padding-left: 20px } a { color: #0b4f8a }
+.wide { overflow-x: auto; margin: 16px 0 } table { border-collapse: collapse; font-size: 14px }
+th, td { border-bottom: 1px solid #ccc; padding: 3px 12px 3px 0; text-align: left; vertical-align: top }
+th { border-bottom: 2px solid #777 } td { font-variant-numeric: tabular-nums } tr { break-inside: avoid }
+pre { background: #f1f1f1; padding: 12px; overflow-x: auto } code { font-size: 0.9em }
+figure { margin: 16px 0; overflow-x: auto; break-inside: avoid } img { max-width: 100% } figcaption { font-size: 14px }
+@media screen and (max-width: 700px) { .case img { max-width: none; width: 1000px } img { max-width: max(100%, 560px) }
+  table { width: max-content; max-width: 640px } }
+@page { size: A4; margin: 14mm } @page wide { size: A4 landscape; margin: 10mm }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt } #results { break-before: page } .wide { overflow: visible }
+  table { font-size: 7.5pt } th, td { padding-right: 6px } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+  figure { overflow: visible } img { max-height: 110mm } .case { page: wide; break-before: page }
+  .case img { max-height: 165mm } a { color: inherit; text-decoration: none } h2 { margin-top: 24pt }
+}"""
+
+
+def final_report(args, m, prep):
+    """Write RUN/report.html: results.md, figures and cases in one page without links to anything outside it."""
+    md = MarkdownIt("commonmark", {"html": False}).enable("table")
+    md.add_render_rule("table_open", lambda *_: '<div class="wide"><table>')
+    md.add_render_rule("table_close", lambda *_: "</table></div>")
+    info = {**prep.info, "test_ecgs": sorted(prep.ecg_ids[prep.test].tolist())}
+    results = (args.run / "results.md").read_text(encoding="utf-8")
+    opening, *parts = re.split(r"(?m)^(?=## )", results)
+    parts = [re.sub(r"(?m)^##", "###", part) for part in parts]
+    about = [part for part in parts if "interpretab" in part.partition("\n")[0].lower()]
+    figures = [image(args.run / "figures" / f"{name}.png", text) for name, text in (
+        ("per_class_auroc", "AUROC of each class on fold 10 with its 95 % interval"),
+        ("roc", "ROC curves on fold 10"))]
+    gallery = f"`{common.command_line('06_plot_prototypes.py')}` draws every prototype, with an index by label."
+    sections = {"Summary": md.render(summary_text(m)), "Approach": md.render(approach_text(m, info)),
+                "Data": md.render(data_text(m, info)),
+                "Results": md.render("\n\n".join(p for p in parts if p not in about)) + "".join(figures),
+                "Interpretability": md.render("\n\n".join([*about, gallery])),
+                "Test ECGs beside prototypes": cases_html(args, md.render, prep, info),
+                "Limitations": md.render(limits_text(m)),
+                "How to reproduce": md.render(reproduce_text(args, m, info))}
+    title = html.escape(f"ProtoECGNet: report of {m['run']}")
+    anchor = {name: name.lower().replace(" ", "-") for name in sections}
+    nav = "".join(f'<li><a href="#{anchor[name]}">{name}</a></li>' for name in sections)
+    body = "".join(f'<section id="{anchor[name]}"><h2>{name}</h2>{text}</section>' for name, text in sections.items())
+    path = args.run / "report.html"
+    with common.replacing(path) as t:
+        t.write_text(f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{md.render(opening.partition(chr(10))[2])}
+<p>For research, not for clinical use.</p><nav><ul>{nav}</ul></nav>{body}</body></html>
+""", encoding="utf-8")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, for any browser and for paper")
+
+
 def main():
     p = common.argument_parser(__doc__)
     p.add_argument("--against", type=Path, metavar="RUN2", help="another run on the same arrays to compare with")
     p.add_argument("--ensemble", type=Path, nargs="+", default=[], metavar="RUN2",
                    help="also evaluate the mean of the logits of these runs' blackbox-1d and this run's")
     p.add_argument("--save", metavar="NAME", help="keep the numbers as tests/results/NAME.json")
+    p.add_argument("--report", action="store_true", help="also write RUN/report.html, all of the run on one page")
     p.add_argument("--readme", action="store_true", help="only write the README's tables from tests/results/*.json")
     p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="Table 3 from exported review files")
     args = common.parse(p)
@@ -698,7 +1068,7 @@ def main():
         models["blackbox-ensemble"] = {**models["blackbox-1d"], **{
             fold: np.mean([m["blackbox-1d"][fold] for m in boxes], 0) for fold in ("fold 9", "fold 10")}}
     for name in set(args.model or []) - set(models):
-        sys.exit(f"{args.run} has no predictions of {name}: run `python 04_fusion.py --model {name}` first")
+        sys.exit(f"{args.run} has no predictions of {name}: {common.rerun(f'04_fusion.py --model {name}')} first")
     final, pairs, against = [n for n in models if not n.endswith(STEPS)], dict(PAIRS), {}
     own, setting = list(final), next(iter(joint.values()))["config"]  # a prototype model's if there is one
     if args.against:  # its predictions join ours as "NAME of RUN2"
@@ -753,7 +1123,8 @@ def main():
         "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale,
         "hardware": common.hardware(args.device),
         "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
-        "trained": {n: {k: j.get(k) for k in ("device", "hardware", "seconds")} for n, j in joint.items()},
+        "trained": {n: {k: j.get(k) for k in ("device", "hardware", "seconds", "epochs", "best_epoch")}
+                    for n, j in joint.items()},
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),
                    "test_positives": positives},
         "left_out": prep.info["without_training_record"],
@@ -761,6 +1132,7 @@ def main():
                 "all; a class without a positive or a negative in a draw is left out of that draw's mean.",
         "predictions": predictions, "differences": {q: rows for q, rows in differences.items() if rows},
         "against": against, "interpretability": read_out,
+        "against": against, "efficiency": efficiency(args, {n: models[n] for n in own}),
         "cost": [cost_of(n, args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
         # which prediction stands for a group of labels in figures and the table of classes: the first that has it
         "shown": {g: n for n in reversed(final) for g in BRANCHES if set(GROUPS[g]) & set(models[n]["classes"])},
@@ -776,6 +1148,8 @@ def main():
             figure.savefig(t, format="png", dpi=130)
     first = predictions[final[0]]["auroc"]
     print(headline(metrics))
+    if args.report:
+        final_report(args, metrics, prep)
     print(f"{args.run}: {final[0]} {cell(first[:3])} over {first[3]} classes -> {args.run / 'results.md'}")
 
 

@@ -217,7 +217,7 @@ def load_prototypes(name, args, prep):
             if not 0 <= q["samples"][0] < q["samples"][1] <= SAMPLES or not {q["class"], *q["labels"]} <= set(CODES):
                 raise ValueError
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        sys.exit(f"{path} is damaged or of other records than {args.prep}: run `python {maker}` again")
+        sys.exit(f"{path} is damaged or of other records than {args.prep}: {common.rerun(maker)} again")
     return record
 
 
@@ -341,6 +341,7 @@ def load_classifiers(args, prep):
         maker = "04_fusion.py" if fusion else f"04_fusion.py --model {name}"
         saved = common.load_pt(path, maker)
         head = SimpleNamespace(name=name, classes=saved["meta"]["classes"], networks=[], prototypes=[],
+                               file=path.relative_to(args.run).as_posix(), hash=common.file_hash(path),
                                **{k: saved[k].double().cpu().numpy() for k in ("W", "b", "mean", "std")})
         for m in [m for m, _ in saved["meta"]["branches"]] if fusion else [name]:
             source_of = f"03_project.py --model {m}"
@@ -349,12 +350,12 @@ def load_classifiers(args, prep):
             common.same_input(saved["meta"], key, projected, path, maker, args.force)
             record = load_prototypes(m, args, prep)
             if record["projected"] != common.file_hash(projected):
-                sys.exit(f"{args.run / m}/prototypes.json does not fit {projected}: run `python {source_of}` again")
+                sys.exit(f"{args.run / m}/prototypes.json does not fit {projected}: {common.rerun(source_of)} again")
             head.networks.append(common.load_model(projected, source_of, args.device)[0])
             head.prototypes += record["prototypes"]
         logits = common.load_npy(args.run / f"logits_{name}.npy", maker)
         if logits.shape != (later.sum(), len(CODES)):
-            sys.exit(f"{args.run}/logits_{name}.npy is of other records: run `python {maker}` again")
+            sys.exit(f"{args.run}/logits_{name}.npy is of other records: {common.rerun(maker)} again")
         own = common.columns(head.classes)
         y_val = prep.labels[prep.val][:, own]
         best = common.best_f1_thresholds(y_val, logits[prep.val[later]][:, own])
@@ -455,7 +456,8 @@ def case(args, prep, words, ecg_id=None):
         x, codes = prep.signals[row], [c for c, on in zip(CODES, prep.labels[row]) if on]
         part = "test" if prep.test[row] else "validation" if prep.val[row] else "training"
         title, name, true = f"{part} ECG {ecg_id}", str(ecg_id), "; ".join(words[c] for c in codes) or "none"
-    results = explain(x, load_classifiers(args, prep), args.top)
+    classifiers = load_classifiers(args, prep)
+    results = explain(x, classifiers, args.top)
     explained = [r for r in results if r["predicted"]] or results[:1]
     if args.label:
         explained = [r for r in results if r["label"] in args.label]
@@ -472,6 +474,7 @@ def case(args, prep, words, ecg_id=None):
     labels = [{k: r[k] for k in ("label", "probability", "threshold", "predicted", "logit")} for r in results]
     common.save_json(folder / f"{name}.json", {
         "format": common.FORMAT, "kind": "protoecgnet-case", "run": str(args.run), "ecg_id": ecg_id, "title": title,
+        "inputs": {"prep": common.file_hash(prep.path), **{head.file: head.hash for head in classifiers}},
         "true_labels": codes, "explained": explained, "labels": labels, "descriptions": words})
     for old in set((folder / name).glob("*.png")) - {folder / q["page"] for _, q, _ in pages}:
         old.unlink()

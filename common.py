@@ -119,13 +119,17 @@ PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet"
                batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False,
                blackbox_ema=0.0, blackbox_epochs=200, blackbox_lr=1e-4, project_every=0, rounds=2, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
-DEMO = dict(width=16, epochs=6, blackbox_epochs=40, batch=32, start="blackbox-1d")  # what --demo changes
+DEMO = dict(width=16, epochs=6, blackbox_epochs=40, batch=32)  # what --demo changes
+# What --small changes: under a million parameters, and a start that has seen the 16 rhythm labels alone
+SMALL = dict(width=32, start="blackbox-rhythm", blackbox_epochs=50)
 
 
 def recipe(args):
-    """The Config that --recipe, --seed and --demo ask for."""
-    cfg = replace(RECIPES[args.recipe], seed=args.seed)
-    return replace(cfg, **(DEMO if args.recipe == "default" else {**DEMO, "start": "random"})) if args.demo else cfg
+    """The Config that --recipe, --seed, --small and --demo ask for."""
+    changes = {**(SMALL if args.small else {}), **(DEMO if args.demo else {})}
+    if changes and args.recipe == "paper":  # whose ImageNet weights fit width 64 only
+        changes["start"] = "random"
+    return replace(RECIPES[args.recipe], seed=args.seed, **changes)
 
 
 def without_contrastive(cfg):
@@ -440,8 +444,10 @@ def argument_parser(doc):
     g.add_argument("--run", type=Path, help="folder of this run: one recipe, seed and setting (default runs/RECIPE)")
     g.add_argument("--recipe", choices=list(RECIPES), default="default", help="our default, or the authors' settings")
     g.add_argument("--model", nargs="+", choices=list(MODELS), metavar="MODEL",
-                   help=f"one or more of: {', '.join(MODELS)} (default: in 02 the paper's three branches, later what "
-                   "RUN holds)")
+                   help=f"one or more of: {', '.join(MODELS)} (default: in 02 the paper's three branches, with "
+                   "--small rhythm; later what RUN holds)")
+    g.add_argument("--small", action="store_true", help="the rhythm branch alone with half the channels, under a "
+                   "million parameters, for a laptop; in runs/small")
     g.add_argument("--demo", action="store_true", help="small complete run on synthetic records in folders of its own")
     g.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
@@ -455,10 +461,11 @@ def argument_parser(doc):
 def parse(p, argv=None):
     """Parse, fill in the default folders, and set threads and device: the Namespace every stage works with."""
     args = p.parse_args(argv)
-    suffix = "" if args.recipe == "default" else f"-{args.recipe}"
+    kind = ["demo"] * args.demo + ["small"] * args.small
+    run = Path("runs") / "-".join(kind + [args.recipe] * (not kind or args.recipe != "default"))
     args.data = args.data or Path("data/demo" if args.demo else "data/ptbxl")
     args.prep = args.prep or Path("runs/demo-prep" if args.demo else "runs/prep")
-    args.run = args.run or Path(f"runs/demo{suffix}" if args.demo else f"runs/{args.recipe}")
+    args.run = args.run or run
     if not 0 <= args.seed < 2**32:
         p.error("--seed must be between 0 and 4294967295")
     if args.threads is not None:
@@ -471,17 +478,22 @@ def parse(p, argv=None):
         p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     args.device = torch.device(args.device)
     _given[:] = [f" --{k} {v}" for k, v in (("prep", args.prep), ("run", args.run)) if v != p.get_default(k) and not
-                 args.demo and str(v) not in ("runs/prep", f"runs/{args.recipe}")]
-    _given[:0] = [f" --recipe {args.recipe}"] * (args.recipe != "default") + [" --demo"] * args.demo
+                 args.demo and v not in (Path("runs/prep"), run)]
+    _given[:0] = [f" --recipe {args.recipe}"] * (args.recipe != "default") + [f" --{k}" for k in kind]
     return args
 
 
 _given = []  # the flags of this call that say which run it works on, for `rerun`
 
 
+def command_line(maker):
+    """The command that runs stage `maker` with the flags that say which run this is."""
+    return f"python {maker}{''.join(_given)}"
+
+
 def rerun(maker):
-    """What to do, for messages: run stage `maker` with the flags that say which run this is."""
-    return f"run `python {maker}{''.join(_given)}`"
+    """What to do, for messages: run stage `maker` on this run."""
+    return f"run `{command_line(maker)}`"
 
 
 def process_pool(args):

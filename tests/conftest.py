@@ -1,7 +1,9 @@
-"""What the test files share: the repository on the import path, `stage`, and makers of small PREP and RUN folders."""
+"""What the test files share: the repository on the import path, `stage`, makers of small PREP and RUN folders, and a
+browser."""
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -120,7 +122,32 @@ def write_joint(run, prep, model="rhythm", seed=0, **settings_):
     net = common.build(meta, common.Scaler(**prep.info["scaler"]))
     path = run / model / "joint.pt"
     common.save_pt(path, {"meta": json.loads(json.dumps(meta)), "state": net.state_dict()})
+    common.save_json(path.with_suffix(".json"), {**meta, "seconds": 1.5, "hardware": "none", "epochs": 0,
+                                                 "best_epoch": 0})
     return path
+
+
+BROWSER_FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync --window-size=1280,800").split()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium that saves downloads in tmp_path."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("Chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in BROWSER_FLAGS:
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield page
+    page.quit()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,11 @@
 """05_evaluate.py: its AUROC, bootstrap, thresholds and per-batch variant against slow references and scikit-learn, its
 tables as a function of the saved files alone, and one sentence for every kind of bad input."""
+import html.parser
 import json
 import re
 import shutil
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,10 +94,18 @@ def fake_run(run, prep, names=EVERY, seed=42, contrastive=True, width=64, **sett
     return run
 
 
+def measured(args, models):
+    """Invented sizes and times, for runs whose models are not there to be measured."""
+    rows = {n: {"parameters": 10 ** 6 + i, "MB": 4.01, "ms 1": 2.5, "peak 1": 9.1, "ms 256": 0.5, "peak 256": 120.0}
+            for i, n in enumerate(n for n in models if n in MODELS or n == "fusion")}
+    return {"hardware": "an abacus", "device": "cpu", "threads": 2, "torch": "0", "models": rows}
+
+
 def evaluate(monkeypatch, run, prep, *more, draws=60, figures=False):
     """05 on a fake run, with empty figures (they take most of the time) unless asked for; returns its metrics."""
     with monkeypatch.context() as patch:
         patch.setattr(ev, "DRAWS", draws)
+        patch.setattr(ev, "efficiency", measured)
         for plot in () if figures else ("plot_classes", "plot_roc"):
             patch.setattr(ev, plot, lambda *_: ev.Figure((1, 1)))
         patch.setattr(ev, "interpretability", lambda *_: {"rhythm": {"dead": 3, "diversity": 0.25}})  # no networks here
@@ -537,7 +548,8 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     monkeypatch.setattr(ev, "HERE", tmp_path / "home")
     page = tmp_path / "home" / "README.md"
     page.parent.mkdir()
-    page.write_text("# Größe\n\nbefore\n\n<!-- results:begin -->\nstale\n<!-- results:end -->\n\nafter")
+    course = "\n<!-- course:begin -->\nstale\n<!-- course:end -->\n\nend"
+    page.write_text(f"# Größe\n\nbefore\n\n<!-- results:begin -->\nstale\n<!-- results:end -->\n\nafter{course}")
     with pytest.raises(SystemExit) as error:
         run_stage(monkeypatch, "05_evaluate", "--readme")
     assert "--save" in sentence(error)
@@ -547,7 +559,8 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     values = [json.loads(saved.read_text())["predictions"]["rhythm"]["auroc"][0]]
     run_stage(monkeypatch, "05_evaluate", "--readme")
     assert ev.cell(json.loads(saved.read_text())["predictions"]["rhythm"]["auroc"]) in page.read_text()
-    for seed, how in ((43, {}), (44, {}), (42, {"contrastive": False}), (42, {"width": 32})):
+    for seed, how in ((43, {}), (44, {}), (42, {"contrastive": False}), (42, {"width": 32}),
+                      (42, {"width": 32, "start": "blackbox-rhythm"})):
         other = fake_run(tmp_path / f"r{seed}{len(how)}{how.get('width', '')}", prep, ["rhythm"], seed=seed, **how)
         metrics = evaluate(monkeypatch, other, prep, "--save", other.name)
         values += [metrics["predictions"]["rhythm"]["auroc"][0]]
@@ -556,7 +569,9 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     run_stage(monkeypatch, "05_evaluate", "--readme")
     assert page.read_text() == once
     assert once.startswith("# Größe\n\nbefore\n\n<!-- results:begin -->")
-    assert once.endswith("<!-- results:end -->\n\nafter")
+    assert re.search(r"<!-- results:end -->\n\nafter\n<!-- course:begin -->\n\n\| model .*\|\n\n<!-- course:end -->\n\n"
+                     r"end\Z", once, re.DOTALL)
+    assert "start blackbox-rhythm" not in once  # on rhythm labels alone: in the course's table, if on all of fold 10
     assert "stale" not in once and "Ablations" not in once
     assert f"{ev.number(np.mean(values[:3]))} ± {ev.number(np.std(values[:3], ddof=1))} (3 seeds)" in once
     narrow, wide = once.split("**Interpretability**")[0].split("**default recipe, width ")[1:]
@@ -574,6 +589,34 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run_stage(monkeypatch, "05_evaluate", "--readme")
     assert "results:begin" in sentence(error) and page.read_text() == "no markers"
+    page.write_text("<!-- results:begin -->\n<!-- results:end -->")
+    with pytest.raises(SystemExit) as error:
+        run_stage(monkeypatch, "05_evaluate", "--readme")
+    assert "course:begin" in sentence(error)
+
+
+def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
+    def saved(name="rhythm", value=0.9, test=2198, efficient=True, recipe="default", **settings_):
+        cfg = common.replace(common.RECIPES[recipe], **settings_)
+        e = {**measured(None, [name]), "models": {name: measured(None, ["rhythm"])["models"]["rhythm"]}}
+        return {"recipe": recipe, "seed": cfg.seed, "width": cfg.width, "contrastive": True,
+                "config": json.loads(json.dumps(vars(cfg))),
+                "counts": {"test": test}, "predictions": {name: value}, **({"efficiency": e} if efficient else {})}
+
+    def rows(*runs):
+        text = ev.course_table(runs, lambda some, name, on: " and ".join(str(r["predictions"][name]) for r in some))
+        return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+
+    empty = rows()
+    assert len(empty) == 7 and all(r[1:] == ["", *["–"] * 5] for r in empty[:-1]) and empty[-1][1] == ".8758"
+    small = saved(width=32, start="blackbox-rhythm", blackbox_epochs=50, value=1)
+    got = rows(small, saved(width=32, start="blackbox-rhythm", value=2, seed=43), saved(start="blackbox-rhythm", value=4),
+               saved(width=32, value=3, efficient=False), saved(value=5), saved("blackbox-rhythm", 6, width=32),
+               saved("blackbox-rhythm", 7), saved(value=8, test=386), saved(value=9, lr=1e-3),
+               saved(value=10, recipe="paper"), saved("fusion", 11), saved(value=12, class_weights=True))
+    assert [r[1] for r in got] == ["1 and 2", "3", "4", "5", "6", "7", ".8758"]
+    assert got[0][2:] == ["1,000,000", "4.01", "2.5 / 0.5", "9.1 / 120", "an abacus, 2 CPU threads"]
+    assert got[1][2:] == ["–"] * 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,6 +697,225 @@ def test_a_model_that_was_not_predicted_is_asked_for(monkeypatch, small):
     with pytest.raises(SystemExit) as error:
         evaluate(monkeypatch, run, prep, "--model", "global")
     assert "04_fusion.py --model global" in sentence(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size, time, memory, and the report, of a run with real networks
+
+HOSTILE = "</td><script>document.title = 1</script><img src=http://e.org/x> | `a` [b](javascript:1) ![c](http://d/)"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A PREP with hostile text in it; a RUN, itself of hostile name, with a rhythm branch and its black box of width 8
+    through 04 and one case; flags for every stage."""
+    base = tmp_path_factory.mktemp("real")
+    prep = write_prep(base / "prep")
+    info = common.load_json(prep.path, "")
+    info["descriptions"]["AFIB"] = HOSTILE
+    common.save_json(prep.path, info)
+    prep, run = common.load_prep(base / "prep"), base / "<b>run & *co*"
+    flags = ["--small", "--prep", base / "prep", "--run", run, "--device", "cpu", "--threads", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        for model in ("rhythm", "blackbox-rhythm"):
+            write_joint(run, prep, model, start="blackbox-rhythm", class_weights=True)
+        for name, *more in (["03_project"], ["04_fusion"],
+                            ["06_plot_prototypes", "--case", prep.ecg_ids[prep.test][0], "--top", 1]):
+            run_stage(patch, name, *flags, *more)
+    return SimpleNamespace(prep=prep, run=run, flags=flags, case=int(prep.ecg_ids[prep.test][0]))
+
+
+def report_of(monkeypatch, real, *more, figures=False):
+    """report.html of a real run, with few draws, invented times and empty figures unless asked for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "DRAWS", 5)
+        for plot in () if figures else ("plot_classes", "plot_roc"):
+            patch.setattr(ev, plot, lambda *_: ev.Figure((1, 1)))
+        patch.setattr(ev, "efficiency", measured)
+        run_stage(patch, "05_evaluate", *real.flags, "--report", *more)
+    return (real.run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_fusion_has_one_classifier_in_place_of_its_branches_own(real):
+    path = real.run / "rhythm" / "projected.pt"
+    net, _ = common.load_model(path, "")
+    got = ev.measure([path, path], 9, "cpu", 1)
+    P, C = net.head.weight.T.shape
+    assert got["parameters"] == 2 * (sum(w.numel() for w in net.parameters()) - P * C - C) + 2 * P * 9 + 9
+    assert got["MB"] == pytest.approx(2 * sum(w.nbytes for w in net.state_dict().values()) / 1e6, rel=0.01)
+    assert got["ms 1"] > 0 and got["ms 256"] > 0 and got["peak 256"] >= got["peak 1"] >= 0
+
+
+def test_efficiency_is_measured_once_and_again_when_something_changed(monkeypatch, tmp_path):
+    asked = []
+
+    class Pool:
+        """Answers at once, in this process."""
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, f, paths, outputs, device, threads):
+            asked.append(paths[0].parent.name if len(paths) == 1 else "fusion")
+            found = Future()
+            found.set_result({"parameters": len(asked)})
+            return found
+
+    monkeypatch.setattr(ev, "ProcessPoolExecutor", Pool)
+    models = {}
+    for m in BRANCHES:
+        common.save_json(tmp_path / m / "projected.pt", {})
+        models[m] = {"classes": ["SR"], "inputs": {f"{m}/projected.pt": "1"}}
+    models |= {"fusion": {"classes": CODES, "inputs": {f"{m}/projected.pt": "1" for m in BRANCHES}},
+               "macro": {"classes": CODES, "inputs": {}}, "gone": {"classes": CODES, "inputs": {"gone/joint.pt": "1"}}}
+    args = SimpleNamespace(run=tmp_path, device=ev.torch.device("cpu"))
+
+    def again(expected):
+        asked.clear()
+        got = ev.efficiency(args, models)
+        assert sorted(asked) == sorted(expected) and set(got["models"]) == {*BRANCHES, "fusion"}
+        assert got["threads"] == ev.torch.get_num_threads() and "cores" in got["hardware"]
+        return got
+
+    assert again([*BRANCHES, "fusion"])["models"] == again([])["models"]
+    models["rhythm"]["inputs"]["rhythm/projected.pt"] = models["fusion"]["inputs"]["rhythm/projected.pt"] = "2"
+    again(["rhythm", "fusion"])
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "hardware", lambda device: "other cores")
+        again([*BRANCHES, "fusion"])
+        again([])
+    again([*BRANCHES, "fusion"])
+    for text in ("", "[]", "{}", '{"machine": 1, "models": 1}'):
+        (tmp_path / "efficiency.json").write_text(text)
+        again([*BRANCHES, "fusion"])
+
+
+def test_efficiency_stands_in_the_results(made):
+    _, run, metrics = made
+    assert set(metrics["efficiency"]["models"]) == {*MODELS, "fusion"}
+    text = (run / "results.md").read_text()
+    assert re.search(r"\| rhythm +\| 1,000,001 +\| 4.01 +\| 2.5 / 0.5 +\| 9.1 / 120 +\|", text)
+    assert "float32 on an abacus, 2 CPU threads" in text
+
+
+class Page(html.parser.HTMLParser):
+    """The elements and the text of a page."""
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_page_of_everything(monkeypatch, real):
+    text = report_of(monkeypatch, real)
+    page = Page(text)
+    assert re.findall(r'<section id="([\w-]+)"><h2>', text) == [
+        "summary", "approach", "data", "results", "interpretability", "test-ecgs-beside-prototypes", "limitations",
+        "how-to-reproduce"]
+    for expected in ("Baseline-wander removal", "StandardScaler", "Weighted random sampling",
+                     "Five loss terms", "Stage 3, classifier", "The cost of interpretability", "Efficiency",
+                     "Paired differences", f"test ECG {real.case}", "fingerprint of signals", "lambda_cntrst",
+                     "For research, not for clinical use"):
+        assert expected in page.text
+    assert HOSTILE in page.text and "<b>run & *co*" in page.text                      # said as it is, not obeyed
+    assert "script" not in page.tags and "b" not in page.tags and "link" not in page.tags
+    links = [v for k, v in page.attributes if k in ("src", "href")]
+    assert links and all(v.startswith(("data:image/png;base64,", "#")) for v in links)
+    cases = json.loads((real.run / "cases" / f"{real.case}.json").read_text())
+    assert page.tags.count("img") == 2 + sum(len(r["prototypes"]) for r in cases["explained"])
+    where = text.index("The cost of interpretability")
+    assert text.index('<section id="interpretability"') < where < text.index('<section id="test-ecgs')
+    before = (real.run / "report.html").read_bytes()
+    report_of(monkeypatch, real)
+    assert (real.run / "report.html").read_bytes() == before
+
+
+def test_the_report_says_the_limits_of_the_readme(monkeypatch, real):
+    limits = (ev.HERE / "README.md").read_text(encoding="utf-8").split("## Limits")[1].split("\n## ")[0].split()
+    assert " ".join(limits) in " ".join(Page(report_of(monkeypatch, real)).text.split())
+
+
+def test_the_reports_commands_make_the_same_settings(monkeypatch, real):
+    """Parsed by 02 itself, the printed command gives the Config of the run."""
+    text = Page(report_of(monkeypatch, real)).text
+    line = next(line for line in text.splitlines() if line.startswith("python 02_train_joint.py"))
+    assert f" --run {real.run}" in line and "--small" in line and "--class-weights yes" in line and "--width 8" in line
+    flags = line.replace(str(real.run), "RUN").split()[2:]
+    train = stage("02_train_joint")
+    seen = []
+    monkeypatch.setattr(train, "train", lambda name, args, cfg, prep: seen.append((name, cfg)) or 0.0)
+    run_stage(monkeypatch, "02_train_joint", *flags)
+    cfg = common.config_of(json.loads((real.run / "rhythm" / "joint.json").read_text()))
+    assert [n for n, _ in seen] == ["blackbox-rhythm", "rhythm"]
+    assert seen[1][1] == common.replace(cfg, per_class=common.Config().per_class)  # which has no flag
+
+
+def test_a_section_on_interpretability_stands_in_its_place(monkeypatch, real):
+    written = ev.report
+    more = "\n## Interpretability of prototypes\n\nDiversity: 7.\n<script>document.title = 1</script>\n"
+    monkeypatch.setattr(ev, "report", lambda m: written(m) + more)
+    text = report_of(monkeypatch, real)
+    assert "script" not in Page(text).tags and "<script>document" in Page(text).text
+    assert text.index('id="interpretability"') < text.index("Diversity: 7.") < text.index('id="test-ecgs')
+    assert text.count("Diversity: 7.") == 1
+
+
+def test_cases_of_the_report_are_of_this_model_or_asked_for(monkeypatch, real, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(real.run, run)
+    copy = SimpleNamespace(run=run, flags=[run if f == real.run else f for f in real.flags])
+    path = run / "cases" / f"{real.case}.json"
+    asked = f"06_plot_prototypes.py --case {real.case} --small --prep {real.prep.path.parent} --run {run}"
+    good = path.read_text()
+    page = next((run / "cases" / str(real.case)).glob("*.png"))
+
+    def broken(change, *more):
+        value = json.loads(good)
+        change(value)
+        path.write_text(json.dumps(value))
+        return report_of(monkeypatch, copy, *more)
+
+    for change in (lambda v: v["inputs"].update({"rhythm/classifier.pt": "0"}), lambda v: v.pop("inputs"),
+                   lambda v: v["explained"][0].update(prototypes=[3]), lambda v: v.update(explained=7),
+                   lambda v: v["explained"][0]["prototypes"][0].update(page="../../../secret.png"),
+                   lambda v: v["inputs"].update({"rhythm/gone.pt": "0"}), lambda v: page.unlink()):
+        with pytest.raises(SystemExit) as error:
+            broken(change)
+        assert asked in sentence(error)
+    shutil.rmtree(run / "cases")
+    three = " ".join(map(str, sorted(real.prep.ecg_ids[real.prep.test])[:3]))
+    assert asked.replace(f"--case {real.case}", f"--case {three}") in Page(report_of(monkeypatch, copy)).text
+
+
+def test_the_report_in_a_browser(browser, monkeypatch, real):
+    """At the widths of a laptop and a phone nothing is cut off; on paper the cases lie across; nothing is fetched."""
+    report_of(monkeypatch, real, figures=True)
+    js, cdp = browser.execute_script, browser.execute_cdp_cmd
+    for width, height in ((1280, 800), (390, 844)):
+        cdp("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1,
+                                                   "mobile": width < 500})
+        browser.get((real.run / "report.html").as_uri())
+        assert js("return document.documentElement.scrollWidth") <= width  # innerWidth would grow with the page
+        assert js("return [...document.images].every(i => i.complete && i.naturalWidth > 300 && i.clientWidth > 300)")
+        assert "report of" in browser.title and js("return document.scripts.length") == 0
+    assert js("return performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length") == 0
+    cdp("Emulation.clearDeviceMetricsOverride", {})
+    pdf = ev.base64.b64decode(cdp("Page.printToPDF", {"preferCSSPageSize": True})["data"])
+    boxes = [tuple(map(float, b.split()[2:])) for b in re.findall(rb"/MediaBox ?\[([\d. ]+)\]", pdf)]
+    assert any(w < h for w, h in boxes) and any(w > h for w, h in boxes)
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
 
 
 def ratings_file(path, reviewer, ratings):

@@ -953,6 +953,29 @@ def test_default_folders():
     assert [str(f) for f in (args.data, args.prep, args.run)] == ["data/demo", "runs/demo-prep", "runs/demo-paper"]
 
 
+def test_small_is_the_same_flag_everywhere():
+    """Its folder, its settings with each recipe, its size, and the command that messages tell the user to run."""
+    def of(*flags):
+        args = common.parse(common.argument_parser("doc"), [*flags])
+        return args, common.recipe(args)
+
+    args, cfg = of("--small")
+    assert (str(args.prep), str(args.run), args.model) == ("runs/prep", "runs/small", None)
+    assert common.rerun("03_project.py") == "run `python 03_project.py --small`"
+    assert cfg == common.replace(common.Config(), **common.SMALL) and cfg.start == "blackbox-rhythm"
+    branch = common.ProtoECGNet("1d", GROUPS["rhythm"], [cfg.per_class[0]] * 16, cfg, latent_dim=16)
+    box = common.BlackBox(GROUPS["rhythm"], cfg)
+    assert all(sum(w.numel() for w in net.parameters()) <= 1e6 for net in (branch, box))
+    args, cfg = of("--small", "--run", "runs/other", "--seed", "7")
+    assert common.rerun("03_project.py") == "run `python 03_project.py --small --run runs/other`" and cfg.seed == 7
+    args, cfg = of("--small", "--recipe", "paper")
+    assert (str(args.run), cfg.width, cfg.start, cfg.add_on) == ("runs/small-paper", 32, "random", "sigmoid")
+    args, cfg = of("--small", "--demo")
+    assert (str(args.run), cfg.width, cfg.start) == ("runs/demo-small", 16, "blackbox-rhythm")
+    assert common.rerun("03_project.py") == "run `python 03_project.py --demo --small`"
+    assert of()[1] == common.Config() and of("--demo")[1].start == "blackbox-1d"
+
+
 @pytest.mark.parametrize("argv", [["--model", "3d"], ["--recipe", "other"], ["--threads", "0"], ["--seed", "x"],
                                   ["--device", "abacus"], ["--device", "cuda:99"], ["--nonsense"]], ids=" ".join)
 def test_wrong_flags_exit_with_2(capsys, argv):

@@ -36,7 +36,7 @@ def test_help_is_the_docstring_and_names_every_flag(script):
     text = python(script, "--help")
     first = (ROOT / script).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
     assert first in text
-    for flag in ("--data", "--prep", "--run", "--recipe", "--model", "--demo", "--seed", "--device", "--threads"):
+    for flag in "--data --prep --run --recipe --model --small --demo --seed --device --threads".split():
         assert flag in text
     assert re.search(r"(?m)^reads ", text) and re.search(r"(?m)^writes ", text) and "Last line:" in text
 
@@ -70,6 +70,17 @@ def test_from_records_to_pictures(tmp_path):
         assert logits.shape == probabilities.shape == ((prep.val | prep.test).sum(), 71)
         assert np.array_equal(np.isnan(logits), np.isnan(probabilities))
     assert (run / "results.md").is_file() and (run / "figures" / "per_class_auroc.png").is_file()
+
+    # Every model and the fusion were measured, each in a process of its own: as large as they are, more memory for more
+    # ECGs, at least that of the ECGs themselves
+    sizes = {n: r for n, r in json.loads((run / "efficiency.json").read_text())["models"].items()}
+    assert set(sizes) == {"fusion", *common.BRANCHES, "blackbox-1d"}
+    for model in (*common.BRANCHES, "blackbox-1d"):
+        net, _ = common.load_model(common.newest(run / model, "joint", "")[1], "")
+        assert sizes[model]["parameters"] == sum(w.numel() for w in net.parameters())
+    for row in sizes.values():
+        assert row["ms 256"] > 0 < row["ms 1"] and 0 <= row["peak 1"] < row["peak 256"]
+        assert 256 * 12 * 1000 * 4 / 1e6 < row["peak 256"] < 500
 
     # A second evaluation writes the same bytes; a changed data set is refused with the stage to run
     before = (run / "results.md").read_bytes()
