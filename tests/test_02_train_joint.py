@@ -371,6 +371,22 @@ def test_tuning_is_blind_to_fold_10_resumes_and_its_result_can_be_trained(tiny_p
         tuned["val_auroc"], abs=1e-12)
 
 
+def test_a_trial_is_judged_as_03_and_04_judge(tiny_prep, tmp_path, monkeypatch):
+    """The same scores of the projected prototypes, without a record's match with itself, go into the same solver."""
+    prep, fusion, given = tiny_prep(n=80), stage("04_fusion"), []
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--prototypes", "random",
+                "--epochs", 0)
+    real = fusion.fit_path
+    monkeypatch.setattr(fusion, "fit_path", lambda *a: (given.append(a), real(*a))[1])
+    args = common.SimpleNamespace(device=torch.device("cpu"))
+    auroc = stage("02_train_joint").after_stage_3(run / "rhythm" / "joint.pt", args, prep)
+    for later in ("03_project", "04_fusion"):
+        run_stage(monkeypatch, later, "--prep", tmp_path / "prep", "--run", run, "--device", "cpu", "--threads", 1)
+    for ours, theirs in zip(given[0][:5], given[1][:5], strict=True):  # X, Y, off, X_val, y_val
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert json.loads((run / "predictions.json").read_text())["models"]["rhythm"]["val_auroc"] == pytest.approx(auroc)
+
+
 @pytest.mark.slow
 def test_two_workers_share_a_study(tiny_prep, tmp_path, monkeypatch):
     """Two processes that begin at the same moment with a SQLite file that is not there yet."""
