@@ -114,8 +114,8 @@ def test_fit_does_not_depend_on_the_start():
     copies = start[0].copy(), start[1].copy()
     W2, b2, violation = solve(X, Y, off, 5e-3, start)
     assert violation <= TIGHT and (start[0] == copies[0]).all() and (start[1] == copies[1]).all()
-    np.testing.assert_allclose(W2, W, atol=1e-6)
-    np.testing.assert_allclose(b2, b, atol=1e-6)
+    np.testing.assert_allclose(W2, W, atol=2e-5)  # violation over curvature: TIGHT / L2 at the worst
+    np.testing.assert_allclose(b2, b, atol=1e-4)  # without a penalty, at -10 the loss is nearly flat in it
 
 
 def test_bias_is_optimal_when_every_weight_is_zero():
@@ -224,7 +224,7 @@ def test_scores_and_strength_are_blind_to_fold_10(garbage):
 
 def test_largest_strength_within_a_thousandth_is_chosen(monkeypatch):
     scores, prep, y, _ = scores_and_prep()
-    curve = iter([0.80, 0.9001, 0.9012, 0.9015, 0.9020, 0.9018, 0.90])
+    curve = iter([0.80, 0.9001, 0.9012, 0.9015, 0.9020, 0.9018, 0.9017, 0.90])
     monkeypatch.setattr(fusion, "fit", lambda X, Y, off, strength, W, b: (W, b, 0.0))  # only the choice is looked at
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: next(curve))
     chosen = path_of(scores, prep, y, np.zeros(8, int))
