@@ -121,7 +121,7 @@ PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet"
 RECIPES = {"default": Config(), "paper": PAPER}
 DEMO = dict(width=16, epochs=6, blackbox_epochs=40, batch=32)  # what --demo changes
 # What --small changes: under a million parameters, and a start that has seen the 16 rhythm labels alone
-SMALL = dict(width=32, start="blackbox-rhythm", blackbox_epochs=50)
+SMALL = dict(width=32, start="blackbox-rhythm", blackbox_epochs=40)
 
 
 def recipe(args):
