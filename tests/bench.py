@@ -30,7 +30,6 @@ os.environ.setdefault("PYTHONUNBUFFERED", "1")
 
 import common  # noqa: E402
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEAD = ["step", "seconds", "records/s", "GFLOP/s", "share of peak", "peak memory"]
 
 
@@ -135,17 +134,19 @@ def measure(args):
 
 def readme():
     """Write the table of every machine in tests/results/bench/ between README.md's two markers."""
-    path, tables = ROOT / "README.md", []
+    path, tables, evaluate = ROOT / "README.md", [], importlib.import_module("05_evaluate")
     for file in sorted((ROOT / "tests" / "results" / "bench").glob("*.json")):
         m = json.loads(file.read_text())
         tables.append(f"**{m['hardware']}**, {m['threads']} threads, width {m['width']}, {m['training_records']:,} "
                       f"training records, {m['type']} ({m['peak GFLOP/s']:,} GFLOP/s at most), torch {m['torch']}")
         cells = [["–" if r[k] is None else f"{r[k]:.1%}" if k == "share of peak" else str(r[k]) for k in HEAD]
                  for r in m["rows"]]
-        tables.append(importlib.import_module("05_evaluate").table(HEAD, cells))
-    before, after = path.read_text(encoding="utf-8").split(BEGIN)[0], path.read_text(encoding="utf-8").split(END)[1]
+        tables.append(evaluate.table(HEAD, cells))
+    if not tables:
+        sys.exit("tests/results/bench holds no measurement: make one with `python tests/bench.py --save NAME` first")
+    text = evaluate.fill(path.read_text(encoding="utf-8"), "bench", tables)
     with common.replacing(path) as t:
-        t.write_text("\n\n".join([before + BEGIN, *tables, END]) + after, encoding="utf-8")
+        t.write_text(text, encoding="utf-8")
     print(f"{path.name}: tables of {len(tables) // 2} machines")
 
 
