@@ -194,7 +194,8 @@ def cost_of(name, run, model, aurocs):
              for m in ([name] if name in MODELS else BRANCHES)]
     count = [len(part["prototypes"]) for part in parts]
     own = np.where(np.isfinite(aurocs[name][0]), 0, np.nan)                                # the model's labels only
-    steps = {**{s: name + s for s in STEPS}, "sparse": name, "black box": "blackbox-1d"}
+    box = "blackbox-1d" if "blackbox-1d" in aurocs else f"blackbox-{name}"
+    steps = {**{s: name + s for s in STEPS}, "sparse": name, "black box": box}
     return {"name": name, **{s: rounded(np.nanmean(aurocs[n][0] + own)) for s, n in steps.items() if n in aurocs},
             **{k: model[k] for k in ("nonzero", "weights")}, "distinct": sum(part["distinct"] for part in parts),
             "gap": rounded(np.average([part["gap"] for part in parts], weights=count)), "prototypes": sum(count)}
@@ -507,7 +508,7 @@ def paper_table(ours):
 def cost_table(m):
     """What each step towards interpretability cost, and how much there is to read."""
     steps = {"-joint": "joint", "-projected": "projected", "-unprojected": "sparse, unprojected",
-             "sparse": "sparse, projected", "black box": "black box 1D", "gap": "gap"}
+             "sparse": "sparse, projected", "black box": "black box", "gap": "gap"}
     return table(["model", *steps.values(), "prototypes", "distinct", "non-zero weights"],
                  [[r["name"], *(number(r.get(s)) for s in steps), r["prototypes"], r["distinct"],
                    f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]])
@@ -609,8 +610,9 @@ def report(m):
                 "branches would give .8891 and .8970, where .8918 and .9048 are printed.)"]
     out += ["## The cost of interpretability", cost_table(m),
             "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
-            "sparse classifier on the prototypes before and after projection; of the black box. Gap: mean of 1 - "
-            "cosine of a prototype and the patch that it became. Distinct: different patches within each class.",
+            "sparse classifier on the prototypes before and after projection; of the black box (1D on all labels, or else "
+            "the group's own). Gap: mean of 1 - cosine of a prototype and the patch that it became. Distinct: different "
+            "patches within each class.",
             "## Interpretability", interpretability_table(
                 {n + suffix: [found] for suffix, some in m["interpretability"].items() for n, found in some.items()}),
             definitions(),
