@@ -1,12 +1,14 @@
 """Stage 05, evaluation (paper 4.1-4.3, Tables 1 and 2): macro-AUROC on the whole of fold 10 at once, with intervals.
 
 How good every prediction of 04 is and how sure that is (bootstrap of test patients, the same draws for all, so that
-differences are paired), what interpretability cost step by step, and the paper's numbers beside ours.
+differences are paired), what interpretability cost step by step, how far the explanations can be trusted, what the
+models ask of a machine, and the paper's numbers beside ours.
 
-reads   PREP/*.npy, RUN/predictions.json, RUN/logits_NAME.npy, RUN/MODEL/joint.json and prototypes.json; to measure
-        size, time and memory RUN/MODEL/joint.pt and projected.pt; for the report RUN/cases/*.json and their pages
+reads   PREP/*.npy, RUN/predictions.json, RUN/logits_NAME.npy; of each model joint.json and joint.pt or projected.pt,
+        prototypes.json, scores.npy and classifier.pt; for the report RUN/cases/*.json and their pages
 writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for byte the same each time),
-        RUN/figures/per_class_auroc.png and roc.png; RUN/efficiency.json, measured once; RUN/report.html
+        RUN/figures/per_class_auroc.png and roc.png; RUN/interpretability.json and efficiency.json, each measured once;
+        RUN/report.html
 
     python 05_evaluate.py                        everything that 04 has predicted in the run
     python 05_evaluate.py --against runs/plain   also paired differences to another run, such as one without contrastive
@@ -17,7 +19,7 @@ writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for 
     python 05_evaluate.py --ratings A.json B.json       the paper's Table 3 from files that 06's review page exported
     python 05_evaluate.py --readme               only write the README's tables from tests/results/*.json
 
-Takes 10 to 20 s on 2 CPU cores, the first time some seconds more for each model; no GPU needed.
+Takes 10 to 20 s on 2 CPU cores, the first time half a minute more for each model; no GPU needed.
 Last line: `runs/default: fusion .9321 [.9250, .9390] over 71 classes -> runs/default/results.md`, with your numbers.
 """
 import base64
