@@ -462,11 +462,18 @@ def efficiency(args, models):
                                 (signal.SIGINT, signal.SIG_IGN), max_tasks_per_child=1)
     names = [n for n in models if n in MODELS or n == "fusion"]
     names = [n for n in names if all((args.run / k).is_file() for k in models[n]["inputs"])]
+    stop = []
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C waits for the process at work
     with fresh:
         for name in tqdm([n for n in names if n not in known], desc="efficiency", leave=False, disable=None):
             paths = [args.run / k for k in models[name]["inputs"]]
             row = fresh.submit(measure, paths, len(models[name]["classes"]), str(args.device), machine["threads"])
             known[name] = {**row.result(), "inputs": models[name]["inputs"]}
+            if stop:
+                break
+    signal.signal(signal.SIGINT, handler)
+    if stop:
+        raise KeyboardInterrupt
     common.save_json(path, {"format": common.FORMAT, "machine": machine, "models": known})
     return {**machine, "models": {n: {k: v for k, v in known[n].items() if k != "inputs"} for n in names}}
 

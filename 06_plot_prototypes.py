@@ -260,10 +260,14 @@ def gallery(args, prep, records, words):
             jobs.append((figures / file, prep.signals[q["row"]], q, words[q["class"]],
                          f"prototype {name} {q['index']}: {about}"))
             sections.setdefault((name, q["class"]), []).append((file, html.escape(about)))
-    with common.process_pool(args) as pool:
-        done = pool.imap_unordered(picture, jobs, chunksize=4)
-        for _ in tqdm(done, "prototypes", len(jobs), unit=" pictures", disable=None):
-            pass
+    try:
+        with common.process_pool(args) as pool:
+            done = pool.imap_unordered(picture, jobs, chunksize=4)
+            for _ in tqdm(done, "prototypes", len(jobs), unit=" pictures", disable=None):
+                pass
+    finally:
+        for name in records:  # what processes of the pool left half-written at a Ctrl-C
+            common.sweep(figures / name)
 
     contents, body = [], []
     for (name, code), entries in sorted(sections.items(), key=lambda section: CODES.index(section[0][1])):
