@@ -1,7 +1,6 @@
 """01_preprocess.py on small WFDB data sets written here: filter, scaler and labels against slow references, every kind
 of bad input, and thousands of damaged files."""
 import csv
-import json
 import os
 import re
 import resource

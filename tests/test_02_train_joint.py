@@ -171,11 +171,10 @@ def test_non_finite_loss_names_epoch_step_and_term(tiny_prep, tmp_path, monkeypa
 @pytest.mark.parametrize("flags, says", [
     (["--scheduler", "wild"], "--scheduler"), (["--class-weights", "perhaps"], "--class-weights"),
     (["--model", "rhythms"], "rhythms"), (["--device", "quantum"], "--device"), (["--threads", "0"], "--threads")])
-def test_usage_errors(tmp_path, flags, says):
-    done = subprocess.run([sys.executable, "02_train_joint.py", "--prep", str(tmp_path), *flags], cwd=ROOT, text=True,
-                          capture_output=True)
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
-    assert says in done.stderr.splitlines()[-1] or "01_preprocess.py" in done.stderr
+def test_usage_errors(tmp_path, monkeypatch, capsys, flags, says):
+    with pytest.raises(SystemExit) as e:
+        run_stage(monkeypatch, "02_train_joint", "--prep", tmp_path, *flags)
+    assert e.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_errors_are_one_sentence(tiny_prep, tmp_path, monkeypatch):
@@ -256,6 +255,7 @@ def two_ranks(tmp_path, body, *flags):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does(tiny_prep, tmp_path, monkeypatch):
     """Two gloo processes under torchrun against one process, in float64, where nothing but the order of sums differs.
 
