@@ -706,7 +706,8 @@ def readme():
         return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds)"
 
     tables, ablations = [], []
-    for (what, other), some in sorted(same.items()):
+    order = sorted(same, key=lambda key: (same[key][0]["recipe"], -same[key][0]["width"], key))
+    for (what, other), some in ((key, same[key]) for key in order):
         names = ("fusion", "fusion-own", *BRANCHES)
         ablations += [[f"{what.partition(',')[0]}, {what.split(', ')[1]}: {other or 'as it is'}"
                        f"{'' if contrastive else ', no contrastive'}",

@@ -574,7 +574,7 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     assert "start blackbox-rhythm" not in once  # on rhythm labels alone: in the course's table, if on all of fold 10
     assert "stale" not in once and "Ablations" not in once
     assert f"{ev.number(np.mean(values[:3]))} ± {ev.number(np.std(values[:3], ddof=1))} (3 seeds)" in once
-    narrow, wide = once.split("**Interpretability**")[0].split("**default recipe, width ")[1:]
+    wide, narrow = once.split("**Interpretability**")[0].split("**default recipe, width ")[1:]
     assert wide.startswith("64, 170 test records**") and narrow.startswith("32, 170 test records**")
     assert ev.number(values[3]) in wide and "seeds" not in narrow and ev.number(values[4]) in narrow
     other = fake_run(tmp_path / "ablation", prep, ["rhythm"], top_k=30, a=(1.0, 2.0, 1.0))
