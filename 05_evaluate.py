@@ -342,28 +342,32 @@ def interpretability(run, prep, models, device, seed):
     needs new forward passes 1,000 of its records. Measured once, kept in RUN/interpretability.json."""
     names = [n for n in models if n in MODELS and MODELS[n][0] != "blackbox"]
     files = [*(run / k for n in names for k in models[n]["inputs"]), *(run / n / "classifier.pt" for n in names)]
+    files += [run / "fusion.pt"] * ("fusion" in models)
     if missing := [f for f in files if not f.is_file()]:
         sys.exit(f"{missing[0]} is missing: run `python 04_fusion.py` again")
     made_from = {"prep": common.file_hash(prep.path), **{str(f.relative_to(run)): common.file_hash(f) for f in files}}
     made_from |= {"05_evaluate.py": common.file_hash(HERE / "05_evaluate.py"), "seed": seed, "models": sorted(models)}
     path = run / "interpretability.json"
-    kept = common.load_json(path, "05_evaluate.py") if path.is_file() else {}
-    if kept.get("made_from") == made_from:
-        return kept["models"]
+    try:
+        kept = json.loads(path.read_text())
+        if kept["made_from"] == made_from:
+            return kept["models"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not whole
+        pass
 
     rng, test = np.random.default_rng(seed), np.flatnonzero(prep.test)
     rows = np.sort(rng.choice(test, min(1000, len(test)), replace=False))
     x = np.array(prep.signals[rows])
-    variants, found, seen_by, heads = {"": (x, 0), **disturbed(x, rng)}, {}, {}, {}
+    variants, found, seen_by = {"": (x, 0), **disturbed(x, rng)}, {}, {}
     for name in tqdm(names, desc="interpretability", leave=False):
         (source, *_), maker = models[name]["inputs"], f"04_fusion.py --model {name}"
         network = common.load_model(run / source, maker, device)[0]
         saved = common.load_pt(run / name / "classifier.pt", maker)
-        head = heads[name] = {k: saved[k].double().numpy() for k in ("W", "b", "mean", "std")}
+        head = {k: saved[k].double().numpy() for k in ("W", "b", "mean", "std")}
         places = read(run / name / "prototypes.json", f"03_project.py --model {name}", "distinct", "prototypes")
         scores = common.load_npy(run / name / "scores.npy", maker)
         if scores.shape != (len(prep.folds), len(network.p)) or len(head["b"]) != len(network.classes):
-            sys.exit(f"{run / name}/scores.npy or classifier.pt does not fit {source}: run `python {maker}` again")
+            sys.exit(f"{run / name}/scores.npy or classifier.pt does not fit {source}: {common.rerun(maker)} again")
         own, s = columns(network.classes), scores[prep.test].astype(np.float64)
         p_class, jaccard = network.p_class.cpu().numpy(), np.array(prep.info["jaccard"])[own][:, own]
         head["thresholds"] = best_f1_thresholds(prep.labels[prep.val][:, own], models[name]["fold 9"][:, own])

@@ -76,7 +76,7 @@ class Config:
     start: str = "blackbox-1d"       # backbone starts: random, imagenet (not the 1D models), or a black box of this run
     pool: str = "meanmax"            # over time, 1D branch and black boxes: mean (paper) or mean and maximum
     add_on: str = "whitened"         # whitened: one linear layer fitted to the start; sigmoid: two layers + sigmoid
-    prototypes: str = "data"         # start of p: data (real training windows of the class) or random
+    prototypes: str = "data"         # start of p: data (real training windows; needs a black-box start) or random
     per_class: tuple = (5, 18, 7)    # prototypes per class: 1D, partial, global (authors' code)
     a: tuple = (1.0, 1.0, 1.0)       # scale of Eq. (1): 1D, partial, global
     top_k: int = 5                   # windows averaged into a partial prototype's score, of 30 (3.3, k unstated)
