@@ -623,9 +623,9 @@ def report(m):
                 "branches would give .8891 and .8970, where .8918 and .9048 are printed.)"]
     out += ["## The cost of interpretability", cost_table(m),
             "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
-            "sparse classifier on the prototypes before and after projection; of the black box (1D on all labels, or else "
-            "the group's own). Gap: mean of 1 - cosine of a prototype and the patch that it became. Distinct: different "
-            "patches within each class.",
+            "sparse classifier on the prototypes before and after projection; of the black box (1D on all labels, or "
+            "else the group's own). Gap: mean of 1 - cosine of a prototype and the patch that it became. Distinct: "
+            "different patches within each class.",
             "## Interpretability", interpretability_table(
                 {n + suffix: [found] for suffix, some in m["interpretability"].items() for n, found in some.items()}),
             definitions(),
@@ -650,8 +650,8 @@ def report(m):
                    for _, name, each in by_group(m) for c, v in each.items()]),
             f"{len(rare)} labels have fewer than {RARE} positives in fold 10; they weigh as much as any other in the "
             f"macro mean, and their own intervals say little: {' '.join(rare)}.",
-            f"Not modelled, without a training record: {' '.join(c for c in codes if c in m['left_out']) or 'none'}. In "
-            f"no mean, without a test positive: {' '.join(c for c in codes if not positives[c]) or 'none'}."]
+            f"Not modelled, without a training record: {' '.join(c for c in codes if c in m['left_out']) or 'none'}. "
+            f"In no mean, without a test positive: {' '.join(c for c in codes if not positives[c]) or 'none'}."]
     return "\n\n".join(out) + "\n"
 
 
