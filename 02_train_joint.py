@@ -116,22 +116,22 @@ class AllReduce(torch.autograd.Function):
         return AllReduce.forward(None, grad)
 
 
-class BatchNormOverRanks(torch.nn.BatchNorm1d):
+class BatchNormOverRanks(torch.nn.BatchNorm2d):
     """Batch norm over the records of all ranks on the CPU, for which torch.nn.SyncBatchNorm is not made."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        dtype, x = x.dtype, x.float()                                            # [B of this rank, C, L], B may be 0
+        dtype, x = x.dtype, x.float()                                            # [B of this rank, C, 1, L], B may be 0
         n = AllReduce.apply(x.new_tensor(x[:, 0].numel()))
-        mean = AllReduce.apply(x.sum((0, 2))) / n                                # [C]
-        variance = AllReduce.apply((x - mean[:, None]).square().sum((0, 2))) / n
+        mean = AllReduce.apply(x.sum((0, 2, 3))) / n                             # [C]
+        variance = AllReduce.apply((x - mean[:, None, None]).square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return ((x - mean[:, None]) * scale[:, None] + self.bias[:, None]).to(dtype)
+        return ((x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 def over_ranks(model):
@@ -139,7 +139,7 @@ def over_ranks(model):
     if next(model.parameters()).is_cuda:
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm1d):
+        if isinstance(m, torch.nn.BatchNorm2d):
             m.__class__ = BatchNormOverRanks
     return model
 

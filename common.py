@@ -150,18 +150,25 @@ CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] =
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbone (3.3)
 
+class Conv(nn.Conv1d):
+    """A 1D convolution over [B, C, 1, L]: with channels last, which only 2D has, a CPU takes a quarter less time."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight[:, :, None], stride=(1, *self.stride), padding=(0, *self.padding))
+
+
 class Block(nn.Module):
     """Two 3-tap convolutions and a shortcut (He et al. 2015, BasicBlock; torchvision's names, so its weights fit)."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.conv1 = nn.Conv1d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm1d(c_out)
-        self.conv2 = nn.Conv1d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm1d(c_out)
+        self.conv1 = Conv(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = Conv(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
         self.downsample = None
         if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv1d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm1d(c_out))
+            self.downsample = nn.Sequential(Conv(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -181,8 +188,8 @@ class ResNet18(nn.Module):
 
     def __init__(self, width=64, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv1d(12, width, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm1d(width)
+        self.conv1 = Conv(12, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         c_in = width
         for i, (c_out, stride) in enumerate([(width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)], start=1):
             setattr(self, f"layer{i}", nn.Sequential(Block(c_in, c_out, stride), Block(c_out, c_out, 1)))
@@ -190,14 +197,15 @@ class ResNet18(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.channels = c_in
         for m in self.modules():
-            if isinstance(m, nn.Conv1d):
+            if isinstance(m, Conv):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)       # [B, width, 500]
-        x = F.max_pool1d(x, 3, 2, 1)                            # [B, width, 250]
-        x = self.layer3(self.layer2(self.layer1(x)))            # [B, 4 * width, 63]
-        return self.layer4(self.dropout(x))                     # [B, 8 * width, 32]
+        x = x[:, :, None].contiguous(memory_format=torch.channels_last)     # [B, 12, 1, 1000]
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)                   # [B, width, 1, 500]
+        x = F.max_pool2d(x, (1, 3), (1, 2), (0, 1))                         # [B, width, 1, 250]
+        x = self.layer3(self.layer2(self.layer1(x)))                        # [B, 4 * width, 1, 63]
+        return self.layer4(self.dropout(x))[:, :, 0]                        # [B, 8 * width, 32]
 
     def load_imagenet(self, state):
         """Start from torchvision's ResNet18 `state` dict: middle kernel rows; the 12-lead stem stays random (3.3)."""

@@ -413,7 +413,7 @@ def test_backbone_size_and_map_length():
     assert sum(p.numel() for p in net.parameters()) == 3_848_832
     lengths = []
     for part in (net.conv1, net.layer1, net.layer2, net.layer3, net.layer4):
-        part.register_forward_hook(lambda m, i, o: lengths.append(o.shape[2]))
+        part.register_forward_hook(lambda m, i, o: lengths.append(o.shape[3]))
     with torch.no_grad():
         assert net(torch.zeros(1, 12, 1000)).shape == (1, 512, 32)
         assert common.ResNet18(width=4).eval()(torch.zeros(3, 12, 1000)).shape == (3, 32, 32)
