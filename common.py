@@ -5,6 +5,7 @@ loss, Eq. (2)-(7) (3.4), projection, Eq. (8) (3.5), macro-AUROC (3.1). Then the 
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities, W [C, P], y [B, C].
 """
+import _thread
 import argparse
 import contextlib
 import errno
@@ -17,6 +18,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -515,8 +517,19 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, a limit o
 BARRED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 
 
+def _interrupt_later(unraisable):
+    """Where Python cannot raise (a finaliser, the hooks of a fork) it prints a Ctrl-C and goes on: send it again."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.1, _thread.interrupt_main)
+        again.daemon = True  # not if the stage ends first
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def run(main):
     """Call a stage's main(); turn Ctrl-C, a full disk and a folder that cannot be used into one sentence."""
+    sys.unraisablehook = _interrupt_later
     try:
         main()
     except KeyboardInterrupt:

@@ -6,8 +6,12 @@ import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import textwrap
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -703,6 +707,24 @@ def test_kill_while_writing_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"round": 1}
     common.save_json(path, {"round": 2})
     assert json.loads(path.read_text()) == {"round": 2}
+
+
+def test_ctrl_c_counts_where_python_cannot_raise():
+    """In a finaliser or the hooks of a fork, Python prints "Exception ignored" with a traceback and goes on."""
+    main = """
+        import signal, time, common
+        class Swallows:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+        def main():
+            Swallows()
+            time.sleep(20)
+            print("went on")
+        common.run(main)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(main)], cwd=Path(common.__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("\ninterrupted: "), done
 
 
 def test_full_disk_and_interrupt_are_one_sentence():
