@@ -179,18 +179,17 @@ def refit_head(model, z, y):
     model.head.bias.copy_(torch.from_numpy(b))
 
 
-def refit_black_box(model, prep, device):
-    """Solve a black box's head on its frozen features, as Stage 3 does for prototypes: logistic regressions with an L2
-    penalty that fold 9 chooses; the head stays as it is if none is better there. Returns the fold-9 macro-AUROC."""
-    own = common.columns(model.classes)
-    h, h_val = (common.batched(lambda x: model(x)[1], prep, np.flatnonzero(m), device).to(device)
-                for m in (prep.train, prep.val))                                      # [N, 512 or 1024]
-    y, y_val = torch.from_numpy(prep.labels[prep.train][:, own]).float().to(device), prep.labels[prep.val][:, own]
-    best = common.macro_auroc(y_val, model.head(h_val).detach().cpu().numpy())
+def black_box_heads(model, prep, device, strengths):
+    """Solve a black box's head on its frozen features, as Stage 3 does for prototypes: for each L2 strength, weakening,
+    the logistic regressions that minimise the sum over classes of the mean BCE + L2 / 2 |W|^2 on standardised features.
+    Returns [(W [C, 512 or 1024], b [C])], for features that are not standardised."""
+    rows = np.flatnonzero(prep.train)
+    h = common.batched(lambda x: model(x)[1], prep, rows, device).to(device)          # [N, 512 or 1024]
+    y = torch.from_numpy(prep.labels[rows][:, common.columns(model.classes)]).float().to(device)
     mean, std = h.mean(0), h.std(0).clamp_min(1e-6)
-    X, W = (h - mean) / std, torch.zeros_like(model.head.weight, requires_grad=True)  # [N, D], [C, D]
-    b = torch.logit(y.mean(0), 1e-6).requires_grad_()
-    for l2 in (0.1, 0.03, 0.01, 0.003):  # of the sum over classes of the mean BCE
+    X, W = (h - mean) / std, torch.zeros_like(model.head.weight, requires_grad=True)
+    b, heads = torch.logit(y.mean(0), 1e-6).requires_grad_(), []
+    for l2 in strengths:
         solver = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn="strong_wolfe")
 
         def closure():
@@ -202,11 +201,18 @@ def refit_black_box(model, prep, device):
 
         solver.step(closure)
         weight = (W / std).detach()
-        bias = (b - weight @ mean).detach()
-        auroc = common.macro_auroc(y_val, (h_val @ weight.T + bias).cpu().numpy())
-        if auroc > best:
-            best, model.head.weight.data, model.head.bias.data = auroc, weight, bias
-    return best
+        heads.append((weight, (b - weight @ mean).detach()))
+    return heads
+
+
+def refit_black_box(model, prep, device):
+    """Give a black box the solved head that is best on fold 9, or its own if none is better; returns its macro-AUROC."""
+    h = common.batched(lambda x: model(x)[1], prep, np.flatnonzero(prep.val), device).to(device)
+    y, head = prep.labels[prep.val][:, common.columns(model.classes)], model.head
+    heads = [(head.weight.data, head.bias.data), *black_box_heads(model, prep, device, (0.1, 0.03, 0.01, 0.003))]
+    aurocs = [common.macro_auroc(y, (h @ W.T + b).cpu().numpy()) for W, b in heads]
+    head.weight.data, head.bias.data = heads[int(np.argmax(aurocs))]
+    return max(aurocs)
 
 
 def train(name, args, cfg, prep, folder=None, report=None):
@@ -335,17 +341,14 @@ def train(name, args, cfg, prep, folder=None, report=None):
             bad = [t for t, v in zip(terms, seen[step]) if not v.isfinite()][-1]
             raise Diverged(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, "
                            f"step {step + 1}: train again with a lower --lr")
-        unprojected = {}
         if not black_box and RANK == 0:
+            p = model.p.detach().clone()
             if cfg.head == "refit" or cfg.project_every:
                 z, carries, ids = common.training_set(model, prep, device)
-            if cfg.head == "refit":
-                refit_head(model, z, carries)
-            unprojected = {k: v.clone() for k, v in model.state_dict().items() if k == "p" or k.startswith("head")}
             if cfg.project_every and epoch % cfg.project_every == 0:
                 model.p.data.copy_(common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)[0])
-                if cfg.head == "refit":
-                    refit_head(model, z, carries)
+            if cfg.head == "refit":
+                refit_head(model, z, carries)
         if not black_box and WORLD > 1:
             for theirs in (model.p, model.head.weight, model.head.bias):
                 dist.broadcast(theirs.data, 0)
@@ -354,8 +357,12 @@ def train(name, args, cfg, prep, folder=None, report=None):
             scheduler.step(auroc)
         since = 0 if auroc > best else since + 1
         if auroc > best:
-            # judged as projected, kept as it was before: Stage 2 proper, with its bookkeeping, is 03's
-            best, best_state = auroc, {**copy.deepcopy(average.state_dict()), **unprojected}
+            kept = copy.deepcopy(average)
+            if not black_box and RANK == 0:  # judged as projected, kept as it was before: Stage 2 proper is 03's
+                kept.p.data.copy_(p)
+                if cfg.head == "refit":
+                    refit_head(kept, z, carries)
+            best, best_state = auroc, kept.state_dict()
         log.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "val_auroc": auroc,
                     **{t: float(v) for t, v in zip(terms, seen.mean(0))}})
         seconds += time.time() - began
@@ -454,10 +461,10 @@ def start(name, args, cfg, prep, meta):
 def start_from_black_box(name, args, cfg, prep, meta, scaler):
     """A prototype model on the backbone of a trained black box, with whitened latents and real windows as prototypes.
 
-    The add-on maps each latent step to the black box's class directions (its head's rows) and whitens them over the
-    training records, so that a cosine compares diagnoses and not the few channels with the largest variance. Prototypes
-    start as real training windows: of each record of a class the window that points most in the class's direction, of
-    these the ones nearest to k-means centres.
+    The add-on maps each latent step to the black box's class directions (the rows of a head solved on its features) and
+    whitens them over the training records, so that a cosine compares diagnoses and not the few channels with the
+    largest variance. Prototypes start as real training windows: of each record of a class the window that points most
+    in the class's direction, of these the ones nearest to k-means centres.
     """
     kind, path = MODELS[name][0], args.run / cfg.start / "joint.pt"
     maker = common.command("02_train_joint.py", cfg.start)
@@ -470,7 +477,8 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
 
-    V = box.head.weight.data                                                          # [71, 512 or 1024]
+    # A class's direction: fitted more strongly regularised than a head is best, which suits classes of few records
+    V = black_box_heads(box, prep, args.device, [0.1])[0][0]                          # [71, 512 or 1024]
     if kind != "1d" and cfg.pool == "meanmax":  # one step's evidence through the average and through the maximum
         V = V[:, :V.shape[1] // 2] + V[:, V.shape[1] // 2:]
     model.add_on.weight.data, model.add_on.bias.data = V[:, :, None].clone(), torch.zeros_like(V[:, 0])

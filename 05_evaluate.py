@@ -1148,7 +1148,7 @@ def main():
                 "all; a class without a positive or a negative in a draw is left out of that draw's mean.",
         "predictions": predictions, "differences": {q: rows for q, rows in differences.items() if rows},
         "against": against, "interpretability": read_out,
-        "against": against, "efficiency": efficiency(args, {n: models[n] for n in own}),
+        "efficiency": efficiency(args, {n: models[n] for n in own}),
         "cost": [cost_of(n, args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
         # which prediction stands for a group of labels in figures and the table of classes: the first that has it
         "shown": {g: n for n in reversed(final) for g in BRANCHES if set(GROUPS[g]) & set(models[n]["classes"])},

@@ -54,7 +54,7 @@ def test_black_box_head_is_the_logistic_regression_that_fold_9_prefers(tiny_prep
         expected[common.macro_auroc(y_val, logits)] = logits
     got = stage("02_train_joint").refit_black_box(net, prep, cpu)
     assert got == pytest.approx(max(expected), abs=1e-3) and expected[max(expected)] is not None
-    np.testing.assert_allclose(net.head(h[1].float()).detach(), expected[max(expected)], atol=0.1)
+    np.testing.assert_allclose(net.head(h[1].float()).detach(), expected[max(expected)], rtol=0.03, atol=0.1)
 
     net.head.weight.data[:], net.head.bias.data[:] = 0, 0
     worse = change_prep(tmp_path / "prep", labels=np.where(prep.train[:, None], prep.labels, 1 - prep.labels))
