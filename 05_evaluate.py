@@ -701,13 +701,14 @@ def readme():
         same.setdefault((what, ", ".join(changed(run))), []).append(run)
 
     def pooled(some, name, contrastive, key="auroc"):
-        """Value [interval] of one seed, or mean ± standard deviation over several."""
-        found = {r["seed"]: r["predictions"][name][key] for r in some
+        """Value [interval] of one seed, or mean ± standard deviation over several [interval of the first]."""
+        found = {r["seed"]: r["predictions"][name][key] for r in sorted(some, key=lambda r: r["seed"])
                  if name in r["predictions"] and contrastive in (None, r["contrastive"])}
         values = [v[0] if key == "auroc" else v for v in found.values()]
         if len(values) < 2:
             return "not run" if not values else cell(*found.values()) if key == "auroc" else number(values[0])
-        return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds)"
+        interval = cell(next(iter(found.values()))[:3]).partition(" ")[2] if key == "auroc" else ""
+        return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds) {interval}".strip()
 
     tables, ablations = [], []
     order = sorted(same, key=lambda key: (same[key][0]["recipe"], -same[key][0]["width"], key))

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from conftest import ROOT, change_prep, run_stage, sentence, stage, write_joint
 from sklearn.base import clone
@@ -46,11 +47,14 @@ def test_black_box_head_is_the_logistic_regression_that_fold_9_prefers(tiny_prep
     h = [common.batched(lambda x: net(x)[1], prep, np.flatnonzero(m), cpu).double() for m in (prep.train, prep.val)]
     X, X_val = ((part - h[0].mean(0)) / h[0].std(0).clamp_min(1e-6) for part in h)
     y, y_val = prep.labels[prep.train][:, own], prep.labels[prep.val][:, own]
+    strengths = (0.1, 0.03, 0.01, 0.003)
+    heads = stage("02_train_joint").black_box_heads(net, prep, cpu, strengths)
     expected = {common.macro_auroc(y_val, net.head(h[1].float()).detach().numpy()): None}
-    for l2 in (0.1, 0.03, 0.01, 0.003):
+    for l2, (W, b) in zip(strengths, heads):
         solver = LogisticRegression(C=1 / (l2 * len(y)), tol=1e-8, max_iter=3000)
         fits = [clone(solver).fit(X, y[:, c]) for c in range(len(own))]
         logits = np.stack([fit.decision_function(X_val) for fit in fits], 1)
+        np.testing.assert_allclose(h[1].float() @ W.T + b, logits, rtol=0.03, atol=0.1)
         expected[common.macro_auroc(y_val, logits)] = logits
     got = stage("02_train_joint").refit_black_box(net, prep, cpu)
     assert got == pytest.approx(max(expected), abs=1e-3) and expected[max(expected)] is not None
@@ -83,6 +87,33 @@ def test_default_prototypes_start_as_real_training_windows_of_their_class(tiny_p
     for j, c in enumerate(net.p_class.tolist()):
         windows = z[carries[:, c]].unfold(2, 3, 1).permute(0, 2, 1, 3).flatten(0, 1)           # [n windows, D, 3]
         assert (windows - net.p[j].detach()).abs().amax((1, 2)).min() < 1e-4
+
+
+@pytest.mark.parametrize("model", ["rhythm", "morphology"])
+def test_latents_start_as_whitened_class_directions(tiny_prep, tmp_path, monkeypatch, model):
+    """Against Cov^(-1/2) by SciPy in float64, on the evidence that each step gives to each class of the black box."""
+    prep = tiny_prep()
+    run = train(monkeypatch, tmp_path, "run", "--model", model, "--epochs", 0)
+    net, _ = common.load_model(run / model / "joint.pt", "")
+    box, _ = common.load_model(run / "blackbox-1d" / "joint.pt", "")
+    (V, _), = stage("02_train_joint").black_box_heads(box, prep, torch.device("cpu"), [0.1])
+    box, V = box.double(), V.double()
+    with torch.no_grad():
+        h = box.backbone(box.scaler(torch.from_numpy(prep.signals[prep.train]).double()))             # [N, D, L]
+        mean, most = V.tensor_split(2, 1)  # of the weights, those on the average and those on the maximum over time
+        if model == "rhythm":
+            u = (h.mean(2) @ mean.T + h.amax(2) @ most.T)[:, :, None]                                 # [N, C, 1]
+        else:
+            u = torch.einsum("cd,ndl->ncl", mean + most, h)                                           # [N, C, L]
+    steps = u.transpose(1, 2).flatten(0, 1).numpy()
+    covariance = np.cov(steps.T)
+    damped = covariance + np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    expected = (steps - steps.mean(0)) @ np.linalg.inv(scipy.linalg.sqrtm(damped))
+    z, *_ = common.training_set(net, prep, torch.device("cpu"))
+    order = np.argsort(prep.ecg_ids[prep.train], kind="stable")
+    got = z[np.argsort(order)].transpose(1, 2).flatten(0, 1)
+    np.testing.assert_allclose(got, expected, atol=2e-3)
+    assert 0.1 < np.linalg.eigvalsh(np.cov(got.T)).max() < 1  # damped: below 1, the largest near it
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_prep, tmp_path, monkeypatch):
