@@ -98,7 +98,7 @@ def amount(text):
 def bfloat16_is_fast(device):
     """Whether bf16 autocast pays: a GPU with bf16, or a CPU with AVX512-bf16 or AMX instructions."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
@@ -231,7 +231,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
         done = common.load_pt(out, "02_train_joint.py --force")["meta"] if not args.force else None
         if done and common.config_of(done) != cfg:
             sys.exit(f"{out} is of another setting: name another folder with --run, or replace it with --force")
-        if args.resume and done and done["inputs"] == {**done["inputs"], **sources(name, args, cfg, prep)}:
+        if args.resume and done and done["inputs"] == {"prep": common.file_hash(prep.path), **sources(name, args, cfg)}:
             print(f"{name}: {out} is finished, kept", flush=True)
             return done["val_auroc"]
     epochs, lr = (cfg.blackbox_epochs, cfg.blackbox_lr) if black_box else (cfg.epochs, cfg.lr)
@@ -256,7 +256,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     # Model and where it starts from
     meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": name, "round": args.round,
             "classes": classes, "left_out": left_out, "device": device.type}
-    meta["inputs"].update(sources(name, args, cfg, prep))
+    meta["inputs"].update(sources(name, args, cfg))
     model = start(name, args, cfg, prep, meta).to(device)
     ema = cfg.blackbox_ema if black_box else 0
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
@@ -409,7 +409,7 @@ class Diverged(SystemExit):
     """A loss that is no number any more: the end of a training, with one sentence, and of a trial of --tune."""
 
 
-def sources(name, args, cfg, prep):
+def sources(name, args, cfg):
     """{input: fingerprint} of what a model's training starts from besides PREP: the black box, or the round before."""
     path = args.run / cfg.start / "joint.pt" if cfg.start.startswith("blackbox") else None
     if args.round > 1:
@@ -431,7 +431,7 @@ def start(name, args, cfg, prep, meta):
         model, before = common.load_model(path, common.command("03_project.py", name))
         common.same_input(before, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
         old = common.config_of(before)
-        for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k"):
+        for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k", "per_class"):
             if getattr(old, k) != getattr(cfg, k):
                 sys.exit(f"{path} was trained with another {k} ({getattr(old, k)}): give 02 the flags of round 1")
         meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"], warnings=before.get("warnings", []))
@@ -580,7 +580,7 @@ def tune(name, args, cfg, prep):
             time.sleep(2)  # perhaps another worker was creating the same tables
     about = common.json.loads(common.json.dumps({
         "search": sorted(set(args.search)), "config": dataclasses.asdict(cfg),
-        "inputs": {"prep": common.file_hash(prep.path), **sources(name, args, cfg, prep)}}))
+        "inputs": {"prep": common.file_hash(prep.path), **sources(name, args, cfg)}}))
     if study.user_attrs.get("about", about) != about:
         sys.exit(f"--study {args.study} holds a search for {name} with other settings or data: name another one")
     study.set_user_attr("about", about)
@@ -687,10 +687,12 @@ def main():
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
                and getattr(args, f.name, None) is not None}
     cfg = dataclasses.replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})
-    if min(cfg.batch, cfg.blackbox_epochs, cfg.width, cfg.top_k, *cfg.per_class) < 1:
-        p.error("--batch, --blackbox-epochs, --width, --top-k and --per-class must be at least 1")
+    if min(cfg.batch, cfg.blackbox_epochs, cfg.patience, cfg.width, cfg.top_k, *cfg.per_class) < 1:
+        p.error("--batch, --blackbox-epochs, --patience, --width, --top-k and --per-class must be at least 1")
     if max(cfg.dropout, cfg.blackbox_ema) >= 1:
         p.error("--dropout and --blackbox-ema must be below 1")
+    if not cfg.start.startswith("blackbox"):  # has no latents yet to take real windows from
+        cfg = dataclasses.replace(cfg, prototypes="random")
     names = args.model or (["rhythm"] if args.small else common.BRANCHES)
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")

@@ -175,7 +175,9 @@ def main():
     if predictions_path.is_file():
         old = common.load_json(predictions_path, "04_fusion.py")
         if old.get("inputs") == predictions["inputs"] and old.get("models"):
-            predictions = old
+            predictions = old  # of models that have gone since, nothing stays
+            predictions["models"] = {n: m for n, m in old["models"].items()
+                                     if all((args.run / k).is_file() for k in m["inputs"])}
     predictions["left_out"] = prep.info["without_training_record"]
     summary = {}
 

@@ -48,7 +48,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
-from common import BRANCHES, CODES, GROUPS, MODELS, RATE, SAMPLES, best_f1_thresholds, columns
+from common import BRANCHES, CODES, GROUPS, MODELS, RATE, SAMPLES, columns, decision_thresholds
 
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN is "no such class" here, and the mean of none is NaN
 HERE = Path(__file__).parent
@@ -85,13 +85,13 @@ MEASURES = {  # metric of interpretability: what it is
     "top class": "Share of records whose highest logit stays with its class: under white noise of 20 dB (aim: 95 % or "
                  "more), 0.5 mV of baseline wander before the filter, and circular shifts.",
     "window": "Share of records in which the first prototype of that class matches the same place, to one latent step."}
-COURSE = [  # size against quality: what, prediction, width, start of the backbone (None: a black box starts at random)
-    ("rhythm branch, small, rhythm labels alone (`--small`)", "rhythm", 32, "blackbox-rhythm"),
-    ("the same from a black box on 71 labels", "rhythm", 32, "blackbox-1d"),
-    ("rhythm branch, full, rhythm labels alone", "rhythm", 64, "blackbox-rhythm"),
-    ("the same from a black box on 71 labels", "rhythm", 64, "blackbox-1d"),
-    ("ResNet18 black box, small, rhythm labels alone", "blackbox-rhythm", 32, None),
-    ("ResNet18 black box, full, rhythm labels alone", "blackbox-rhythm", 64, None)]
+COURSE = [  # size against quality: what, prediction, width, black box's epochs, start (None: of a black box itself)
+    ("rhythm branch, small, rhythm labels alone (`--small`)", "rhythm", 32, 40, "blackbox-rhythm"),
+    ("the same from a black box on 71 labels", "rhythm", 32, 60, "blackbox-1d"),
+    ("rhythm branch, full, rhythm labels alone", "rhythm", 64, 40, "blackbox-rhythm"),
+    ("the same from a black box on 71 labels", "rhythm", 64, 60, "blackbox-1d"),
+    ("ResNet18 black box, small, rhythm labels alone", "blackbox-rhythm", 32, 40, None),
+    ("ResNet18 black box, full, rhythm labels alone", "blackbox-rhythm", 64, 40, None)]
 PAIRS = {  # paired differences, first - second, by the question that they answer
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
@@ -169,6 +169,16 @@ def load_run(run, prep, force):
         latest = source.is_file() and common.newest(source.parent, source.stem.partition("_r")[0], "")[1] == source
         if not latest or common.file_hash(source) != fingerprint:
             stale.append(f"{source} is not what the predictions were made from: {again}")
+    joint = {}
+    for name in [n for n in models if n in MODELS]:
+        maker = f"02_train_joint.py --model {name}"
+        newest = common.newest(run / name, "joint", maker)[1]
+        joint[name] = read(newest.with_suffix(".json"), maker, "config", "device")
+        if MODELS[name][0] != "blackbox":
+            found = read(run / name / "prototypes.json", f"03_project.py --model {name}", "inputs")
+            if found["inputs"].get("joint") != common.file_hash(newest):
+                stale.append(f"{run / name} was not projected from its {newest.name}: {common.rerun('03_project.py')}, "
+                             "then 04")
     if stale and not force:
         sys.exit(f"{stale[0]} (or --force to evaluate it all the same)")
     for name, model in models.items():
@@ -178,10 +188,6 @@ def load_run(run, prep, force):
         if not whole or not np.isfinite(logits[:, columns(model["classes"])]).all():
             sys.exit(f"{path} lacks a number for some record of folds 9 and 10 or some label of the model: {again}")
         model["fold 9"], model["fold 10"] = logits[~on_test], logits[on_test]
-    joint = {}
-    for name in [n for n in models if n in MODELS]:
-        maker = f"02_train_joint.py --model {name}"
-        joint[name] = read(common.newest(run / name, "joint", maker)[1].with_suffix(".json"), maker, "config", "device")
     first, *rest = [n for n in joint if MODELS[n][0] != "blackbox"] or joint
     stale += [f"{n} has other settings than {first}" for n in rest if joint[n]["config"] != joint[first]["config"]]
     stale += sorted({w for m in models.values() for w in m.get("warnings", [])} - {*stale})  # forced in 02-04
@@ -217,7 +223,7 @@ def geometry(p, p_class, jaccard):
     other = ~np.eye(len(p), dtype=bool)
     member = np.eye(len(jaccard))[p_class] / np.bincount(p_class, minlength=len(jaccard))[p_class, None]  # [P, C]
     a, b = np.triu_indices(len(jaccard), 1)
-    between, enough = (member.T @ S @ member)[a, b], len(a) > 2
+    between, enough = (member.T @ S @ member)[a, b], len(a) > 3  # three classes have three pairs: no correlation
     return {"diversity": 1 - S[same & other].mean() if (same & other).any() else np.nan,
             "separation": 1 - S[~same].mean() if (~same).any() else np.nan,
             "agreement": spearmanr(between, jaccard[a, b])[0] if enough else np.nan}
@@ -259,13 +265,13 @@ def evidence(X, W, b, thresholds):
 def disturbed(x, rng):
     """x [N, 12, 1000] mV as it might have been recorded: {name: (x, shift in samples)}.
 
-    20 dB: white noise of a hundredth of each record's power. Wander: a sine of 0.5 mV and 0.15 to 0.3 Hz in each lead,
-    which then goes through 01's high-pass like every record. Shifts of 0.2 s are circular.
+    20 dB: white noise of a hundredth of each record's power. Wander: a sine of 0.5 mV and 0.15 to 0.3 Hz in each lead, as
+    01's linear high-pass leaves it (the record has been through it). Shifts of 0.2 s are circular.
     """
     power, t = np.square(x).mean((1, 2), keepdims=True), np.arange(SAMPLES) / RATE
     frequency, phase = rng.uniform(0.15, 0.3, (len(x), 1, 1)), rng.uniform(0, 2 * np.pi, (*x.shape[:2], 1))
     return {"20 dB noise": (x + rng.normal(size=x.shape) * np.sqrt(power / 100), 0),
-            "wander": (common.highpass(x + 0.5 * np.sin(2 * np.pi * frequency * t + phase)), 0),
+            "wander": (x + common.highpass(0.5 * np.sin(2 * np.pi * frequency * t + phase)), 0),
             "shift +0.2 s": (np.roll(x, 20, 2), 20), "shift -0.2 s": (np.roll(x, -20, 2), -20)}
 
 
@@ -346,7 +352,7 @@ def interpretability(run, prep, models, device, seed):
     if missing := [f for f in files if not f.is_file()]:
         sys.exit(f"{missing[0]} is missing: run `python 04_fusion.py` again")
     made_from = {"prep": common.file_hash(prep.path), **{str(f.relative_to(run)): common.file_hash(f) for f in files}}
-    made_from |= {"05_evaluate.py": common.file_hash(HERE / "05_evaluate.py"), "seed": seed, "models": sorted(models)}
+    made_from |= {**{k: common.file_hash(HERE / k) for k in ("05_evaluate.py", "common.py")}, "seed": seed}
     path = run / "interpretability.json"
     try:
         kept = json.loads(path.read_text())
@@ -370,7 +376,7 @@ def interpretability(run, prep, models, device, seed):
             sys.exit(f"{run / name}/scores.npy or classifier.pt does not fit {source}: {common.rerun(maker)} again")
         own, s = columns(network.classes), scores[prep.test].astype(np.float64)
         p_class, jaccard = network.p_class.cpu().numpy(), np.array(prep.info["jaccard"])[own][:, own]
-        head["thresholds"] = best_f1_thresholds(prep.labels[prep.val][:, own], models[name]["fold 9"][:, own])
+        head["thresholds"] = decision_thresholds(prep.labels[prep.val][:, own], models[name]["fold 9"][:, own])
         seen = seen_by[name] = {v: respond(network, changed, device) for v, (changed, _) in variants.items()}
         X = [(scores_ - head["mean"]) / head["std"] for scores_ in (s, seen[""][0])]
         found[name] = {
@@ -386,7 +392,7 @@ def interpretability(run, prep, models, device, seed):
         head = {k: saved[k].double().numpy() for k in ("W", "b", "mean", "std")}
         own = columns(models["fusion"]["classes"])
         seen = {v: (np.concatenate([seen_by[b][v][0] for b in BRANCHES], 1), None) for v in variants}
-        thresholds = best_f1_thresholds(prep.labels[prep.val][:, own], models["fusion"]["fold 9"][:, own])
+        thresholds = decision_thresholds(prep.labels[prep.val][:, own], models["fusion"]["fold 9"][:, own])
         s = np.concatenate([common.load_npy(run / b / "scores.npy", "04_fusion.py")[prep.test] for b in BRANCHES], 1)
         found["fusion"] = {**evidence((s - head["mean"]) / head["std"], head["W"], head["b"], thresholds),
                            **stability(seen, head, variants, "fusion")}
@@ -453,7 +459,8 @@ def efficiency(args, models):
     """
     path = args.run / "efficiency.json"
     machine = {"hardware": common.hardware(args.device), "device": str(args.device),
-               "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+               "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+               "code": common.file_hash(HERE / "common.py")}
     try:
         old = json.loads(path.read_text())
         known = old["models"] if old["machine"] == machine else {}
@@ -555,14 +562,14 @@ def answer(question, v):
     """Yes or no to a question of the paper's section 4, from a paired difference [value, low, high]."""
     if "Cost" in question:
         return "–"
-    if v[1] > 0:
-        return "yes, better" if "as good" in question.lower() else "yes"
-    return "no" if v[2] < 0 else "yes, cannot be told apart" if "as good" in question.lower() else "cannot be told"
+    if v[1] <= 0 <= v[2]:
+        return "no difference shown"
+    return "no" if v[0] < 0 else "yes, better" if "as good" in question.lower() else "yes"
 
 
 def definitions():
     """What the rows of interpretability_table mean, as a list."""
-    return "On fold 10; what needs changed records, on 1,000 of it.\n\n" + "\n".join(
+    return "Measured on fold 10; what alters records, on 1,000 of them.\n\n" + "\n".join(
         f"- {metric}: {definition}" for metric, definition in MEASURES.items())
 
 
@@ -609,8 +616,8 @@ def report(m):
            *["**Not the paper's test set**, which has 2,198 records."] * (m["counts"]["test"] != 2198),
            "## Headline", headline(m),
            f"Macro-AUROC of the logits on the whole of fold 10 at once. {m['rule']} {RARE}+ positives: over the "
-           f"classes with {RARE} or more in fold 10. F1: at thresholds per class chosen on fold 9, over the classes "
-           "with positives in both folds. Fold 9: the macro-AUROC on the fold that all choices were made on.",
+           f"classes with {RARE} or more in fold 10. F1: over the classes with positives in fold 10, each at the logit "
+           f"with the best F1 on fold 9, or at 0 if it has fewer than {common.FEWEST} positives there. Fold 9: the macro-AUROC on the fold that all choices were made on.",
            f"\\* per batch of {BATCH}, as the authors log it; not comparable: the mean over batches of the AUROC "
            "over the classes that happen to occur in the batch, which is seldom a rare one.",
            "## The paper's Tables 1 and 2", paper_table(ours)]
@@ -659,9 +666,10 @@ def course_table(runs, pooled):
     """Size against quality on the 16 rhythm labels, from saved `runs` of the default recipe with all of fold 10;
     pooled(runs, prediction, contrastive) -> a cell."""
     rows, free = [], ("seed", "width", "start", "blackbox_epochs")
-    for what, name, width, start in COURSE:
+    for what, name, width, epochs, start in COURSE:
         some = [r for r in runs if r["recipe"] == "default" and r["counts"]["test"] == 2198 and name in r["predictions"]
-                and r["width"] == width and start in (None, r["config"]["start"]) and not changed(r, free)]
+                and (r["width"], r["config"]["blackbox_epochs"]) == (width, epochs)
+                and start in (None, r["config"]["start"]) and not changed(r, free)]
         measured = [r["efficiency"] for r in some if name in r.get("efficiency", {}).get("models", {})][:1]
         rows.append([what, pooled(some, name, True)] + (
             [*efficiency_cells(measured[0]["models"][name]), machine_text(measured[0])] if measured else ["–"] * 5))
@@ -940,16 +948,20 @@ def reproduce_text(args, m, info):
     base = common.recipe(SimpleNamespace(**{**vars(args), "recipe": cfg.recipe, "seed": 42}))
     flags = f" --recipe {cfg.recipe}" * (cfg.recipe != args.recipe) + f" --seed {cfg.seed}" * (cfg.seed != 42)
     for k, v in m["config"].items():
-        if k not in ("recipe", "seed", "per_class", "a", "rounds") and getattr(cfg, k) != getattr(base, k):
-            flags += f" --{k.replace('_', '-')} {['no', 'yes'][v] if isinstance(v, bool) else v}"
+        if k not in ("recipe", "seed", "rounds") and getattr(cfg, k) != getattr(base, k):
+            value = " ".join(map(str, v)) if isinstance(v, list) else ["no", "yes"][v] if isinstance(v, bool) else v
+            flags += f" --{k.replace('_', '-')} {value}"
     names = [n for n in m["trained"] if n != cfg.start]
+    models = ""
     if sorted(names) != sorted(["rhythm"] if args.small else BRANCHES):
-        flags += f" --model {' '.join(names or m['trained'])}"
-    records = f" --records {info['records']}" * (info["records"] != 21799 and not args.demo)
+        models = f" --model {' '.join(names or m['trained'])}"
+    rounds = f" --model {' '.join(n for n in names if MODELS[n][0] != 'blackbox')}" if models else ""
+    asked = info["records"] + len(info["skipped"])
+    records = f" --records {asked}" * (asked != 21799 and not args.demo) + " --skip-bad" * bool(info["skipped"])
     lines = ["python 00_download.py" + " --demo" * args.demo, common.command_line("01_preprocess.py") + records]
     for round_ in range(1, cfg.rounds + 1):
-        lines += [common.command_line("02_train_joint.py") + flags + f" --round {round_}" * (round_ > 1),
-                  common.command_line("03_project.py")]
+        lines += [common.command_line("02_train_joint.py") + flags
+                  + (f"{rounds} --round {round_}" if round_ > 1 else models), common.command_line("03_project.py")]
     lines += map(common.command_line, ("04_fusion.py", "05_evaluate.py", f"06_plot_prototypes.py{example(args, info)}",
                                        "05_evaluate.py --report"))
     about = [("seed", cfg.seed), *m["versions"].items(), ("evaluated on", m["hardware"]),
@@ -1086,18 +1098,23 @@ def main():
             fold: np.mean([m["blackbox-1d"][fold] for m in boxes], 0) for fold in ("fold 9", "fold 10")}}
     for name in set(args.model or []) - set(models):
         sys.exit(f"{args.run} has no predictions of {name}: {common.rerun(f'04_fusion.py --model {name}')} first")
+    if args.model:
+        joint = {n: joint[n] for n in joint if n in args.model}
+        models = {n: m for n, m in models.items() if n in args.model or any(n == a + s for a in args.model for s in STEPS)}
     final, pairs, against = [n for n in models if not n.endswith(STEPS)], dict(PAIRS), {}
     own, setting = list(final), next(iter(joint.values()))["config"]  # a prototype model's if there is one
     if args.against:  # its predictions join ours as "NAME of RUN2"
         theirs, joint_2, more = load_run(args.against, prep, args.force)
         run_2, stale = args.against.name, stale + more
-        against[run_2] = next(iter(joint_2.values()))["config"]["lambda_cntrst"] != 0
         models.update({f"{n} of {run_2}": theirs[n] for n in own if n in theirs})
         final += [f"{n} of {run_2}" for n in own if n in theirs]
         other = next(iter(joint_2.values()))["config"]
-        only = all(k.startswith("lambda") or setting[k] == v for k, v in other.items()) and against[run_2] != (
-            setting["lambda_cntrst"] != 0)
-        question = "Does the contrastive loss help? (4.2)" if only and not against[run_2] else f"Against {run_2}"
+        contrastive = other["lambda_cntrst"] != 0
+        question = f"Against {run_2}"
+        if contrastive != (setting["lambda_cntrst"] != 0) and all(
+                k.startswith("lambda") or setting[k] == v for k, v in other.items()):  # they differ in nothing else
+            against[run_2] = contrastive
+            question = question if contrastive else "Does the contrastive loss help? (4.2)"
         pairs[question] = [(n, f"{n} of {run_2}") for n in own]
 
     # AUROCs of every prediction with the same draws of patients
@@ -1115,9 +1132,9 @@ def main():
     for name in final:
         codes = GROUPS[MODELS.get(name.partition(" of ")[0], (None, "all"))[1]]
         s_val, s, true = models[name]["fold 9"], models[name]["fold 10"], y > 0             # [., 71]
-        thresholds = best_f1_thresholds(y_val, s_val)                                       # [71], as f1 and auprc
+        thresholds = decision_thresholds(y_val, s_val)                                      # [71], as f1 and auprc
         f1 = 2 * (true & (s >= thresholds)).sum(0) / (true.sum(0) + (s >= thresholds).sum(0))
-        f1[~true.any(0) | np.isnan(thresholds)] = np.nan
+        f1[~true.any(0) | np.isnan(s[0])] = np.nan                                          # no such label, or not its
         auprc = np.full(len(CODES), np.nan)
         for c in columns(c for c in models[name]["classes"] if positives[c]):
             auprc[c] = average_precision_score(true[:, c], s[:, c])

@@ -57,7 +57,6 @@ NAMES = [lead.replace("AV", "aV") for lead in LEADS]
 MM_S, MM_MV = 25, 10  # paper speed and gain
 LEFT, WIDTH = 15, 270  # mm: where the traces begin, and the grid's width; ten seconds are 250 mm
 PULSE = np.array([(5, 0), (6, 0), (6, -10), (11, -10), (11, 0), (12, 0)])  # 1 mV for 0.2 s, in mm before a row
-FEWEST = 10  # positives in fold 9 that a label needs for a threshold of its own
 DPI = 127  # 5 pixels per mm, so that every grid line falls on whole pixels
 BLUE = "#0b4f8a"  # stands out from the red grid with any colour vision, and is dark in grey print
 
@@ -361,9 +360,7 @@ def load_classifiers(args, prep):
         if logits.shape != (later.sum(), len(CODES)):
             sys.exit(f"{args.run}/logits_{name}.npy is of other records: {common.rerun(maker)} again")
         own = common.columns(head.classes)
-        y_val = prep.labels[prep.val][:, own]
-        best = common.best_f1_thresholds(y_val, logits[prep.val[later]][:, own])
-        head.thresholds = np.where(y_val.sum(0) >= FEWEST, best, 0.0)
+        head.thresholds = common.decision_thresholds(prep.labels[prep.val][:, own], logits[prep.val[later]][:, own])
         found.append(head)
     return found
 
@@ -415,7 +412,7 @@ def page(x, x_source, title, true, r, q, words):
     write(ax, 8, 11, f"{title}: {words[r['label']]}", 8, weight="bold")
     verdict = "predicted: it reaches" if r["predicted"] else "not predicted: it stays below"
     text = f"probability {r['probability']:.3g} by the {r['classifier']} classifier ({verdict} the threshold "
-    why = f", fold 9 has fewer than {FEWEST} positives" if r["threshold"] == 0.5 else ", chosen on fold 9"
+    why = f", fold 9 has fewer than {common.FEWEST} positives" if r["threshold"] == 0.5 else ", chosen on fold 9"
     write(ax, 8, 19, f"{text}{r['threshold']:.3g}{why})", 5)
 
     # The sum: contributions + bias = logit

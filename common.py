@@ -152,6 +152,9 @@ CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] =
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbone (3.3)
 
+torch.backends.cudnn.allow_tf32 = False  # a GPU's float32 is to be float32: projection compares cosines near 1
+
+
 class Conv(nn.Conv1d):
     """A 1D convolution over [B, C, 1, L]: with channels last, which only 2D has, a CPU takes a quarter less time."""
 
@@ -378,7 +381,8 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
 
     z [N, D, L] latents of the training records, carries [N, C] bool their labels, ids [N] their ecg_id, ascending,
     p [P, D, T], p_class [P]. Ties go to the lowest ecg_id, then the earliest window. With `unique` no two prototypes of
-    a class take the same window: the best match chooses first (if the class has enough windows).
+    a class take the same window: the best match chooses first (if the class has enough windows). Exits if a class has
+    no record.
     Returns the projected p [P, D, T] and per prototype a list of (ecg_id, window, cosine): its source, then the best
     window of up to `runners` other records.
     """
@@ -386,6 +390,8 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
     for c in p_class.unique().tolist():
         own = torch.where(p_class == c)[0]
         members = np.flatnonzero(carries[:, c])                                             # Z_j of Eq. (8)
+        if not len(members):
+            sys.exit(f"class {c} of the model has no training record here: {rerun('02_train_joint.py')} on these arrays")
         S = torch.cat([similarity(z[part].to(p), p[own]) for part in np.array_split(members, -(-len(members) // 512))])
         S = S.transpose(0, 1).cpu().numpy()                                                 # [own, n, windows]
         flat, taken = S.reshape(len(own), -1).copy(), 0
@@ -433,6 +439,9 @@ def macro_auroc(y, score):
     return float(np.nanmean(each)) if np.isfinite(each).any() else float("nan")
 
 
+FEWEST = 10  # positives in fold 9 that a label needs for a threshold of its own
+
+
 def best_f1_thresholds(y, score):
     """Per class the threshold with the best F1 (score >= threshold is positive), or NaN; y, score [N, C] -> [C]."""
     order = np.argsort(-score, axis=0, kind="stable")
@@ -440,6 +449,12 @@ def best_f1_thresholds(y, score):
     f1 = 2 * hits / (np.arange(1, len(y) + 1)[:, None] + hits[-1])
     f1[:-1][score[:-1] == score[1:]] = -1                                                  # equal scores stay together
     return np.where(hits[-1] > 0, np.take_along_axis(score, f1.argmax(0)[None], 0)[0], np.nan)
+
+
+def decision_thresholds(y, logits):
+    """From which logit on each label is predicted, y, logits [N, C] of fold 9 -> [C]: the one with the best F1, or 0, a
+    probability of one half, for a label with fewer than 10 positives, of which a threshold would be chance."""
+    return np.where((y > 0).sum(0) >= FEWEST, best_f1_thresholds(y, logits), 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,9 +488,9 @@ def parse(p, argv=None):
     args = p.parse_args(argv)
     kind = ["demo"] * args.demo + ["small"] * args.small
     run = Path("runs") / "-".join(kind + [args.recipe] * (not kind or args.recipe != "default"))
-    args.data = args.data or Path("data/demo" if args.demo else "data/ptbxl")
-    args.prep = args.prep or Path("runs/demo-prep" if args.demo else "runs/prep")
-    args.run = args.run or run
+    usual = {"data": Path("data/demo" if args.demo else "data/ptbxl"),
+             "prep": Path("runs/demo-prep" if args.demo else "runs/prep"), "run": run}
+    args.data, args.prep, args.run = (getattr(args, k) or usual[k] for k in usual)
     if not 0 <= args.seed < 2**32:
         p.error("--seed must be between 0 and 4294967295")
     if args.threads is not None:
@@ -487,8 +502,7 @@ def parse(p, argv=None):
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     args.device = torch.device(args.device)
-    _given[:] = [f" --{k} {v}" for k, v in (("prep", args.prep), ("run", args.run)) if v != p.get_default(k) and not
-                 args.demo and v not in (Path("runs/prep"), run)]
+    _given[:] = [f" --{k} {getattr(args, k)}" for k in usual if getattr(args, k) != usual[k]]
     _given[:0] = [f" --recipe {args.recipe}"] * (args.recipe != "default") + [f" --{k}" for k in kind]
     return args
 
@@ -658,7 +672,7 @@ def hardware(device):
 def provenance(cfg, stage, **inputs):
     """What goes beside every artifact: settings, versions, code and the fingerprints of the `inputs` (name=path)."""
     here = Path(__file__).parent
-    return {"format": FORMAT, "stage": stage, "config": asdict(cfg), "inputs": inputs and {
+    return {"format": FORMAT, "stage": stage, "config": asdict(cfg), "inputs": {
                 name: file_hash(path) for name, path in inputs.items()},
             "code": {name: file_hash(here / name) for name in ("common.py", stage)},
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,

@@ -231,6 +231,25 @@ def test_start_from_another_data_set_or_width_is_refused(tiny_prep, tmp_path, mo
         assert "02_train_joint.py --model blackbox-1d" in sentence(e)
 
 
+def test_resume_trains_again_what_other_arrays_made(tiny_prep, tmp_path, monkeypatch, capsys):
+    prep = tiny_prep()
+    for twice in (1, 2):
+        train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d", "--resume")
+    assert "is finished, kept" in capsys.readouterr().out
+    common.save_json(prep.path, {**prep.info, "seed": 1})
+    (tmp_path / "run" / "blackbox-1d" / "last.pt").unlink()
+    train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d", "--resume")
+    assert "kept" not in capsys.readouterr().out
+    assert common.load_json(tmp_path / "run" / "blackbox-1d" / "joint.json", "")["inputs"] == {
+        "prep": common.file_hash(prep.path)}
+
+
+def test_without_a_black_box_prototypes_start_at_random_and_say_so(tiny_prep, tmp_path, monkeypatch):
+    tiny_prep()
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--epochs", 0, "--start", "random")
+    assert common.load_json(run / "rhythm" / "joint.json", "")["config"]["prototypes"] == "random"
+
+
 def test_resume_refuses_another_setting(tiny_prep, tmp_path, monkeypatch):
     tiny_prep()
     run = train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d")

@@ -1,6 +1,7 @@
 """04_fusion.py: its solver of Eq. (10) against the optimality conditions and a slow reference; blindness to fold 10."""
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -328,6 +329,15 @@ def test_a_branch_that_fold_9_cannot_judge(run_to_fusion):
     saved = torch.load(run / "rhythm/classifier.pt", weights_only=True)
     assert saved["meta"]["strength"] == fusion.STRENGTHS[0]
     assert json.loads((run / "predictions.json").read_text())["models"]["rhythm"]["val_auroc"] is None
+
+
+def test_a_model_that_has_gone_leaves_no_prediction(run_to_fusion, tmp_path, monkeypatch):
+    _, run = run_to_fusion("gone", models=("rhythm", "global"))
+    assert "global" in json.loads((run / "predictions.json").read_text())["models"]
+    shutil.rmtree(run / "global")
+    run_stage(monkeypatch, "04_fusion", "--prep", tmp_path / "prep-gone", "--run", run, "--device", "cpu")
+    left = json.loads((run / "predictions.json").read_text())["models"]
+    assert {*left} == {"rhythm", "rhythm-joint", "rhythm-projected", "rhythm-unprojected"}
 
 
 def test_fusion_refuses_prototypes_of_another_training(run_to_fusion, monkeypatch, capsys):

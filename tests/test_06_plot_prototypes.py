@@ -190,7 +190,7 @@ def test_case_writes_pages_and_all_numbers(made, monkeypatch, capsys):
 
 def test_a_label_with_few_positives_in_fold_9_has_the_threshold_one_half(made, monkeypatch):
     positives = made.prep.labels[made.prep.val].sum(0)
-    monkeypatch.setattr(plot, "FEWEST", int(positives.max()))
+    monkeypatch.setattr(common, "FEWEST", int(positives.max()))
     run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--case", 10, "--top", 1)
     labels = json.loads((made.run / "cases" / "10.json").read_text())["labels"]
     half = {r["label"]: r["threshold"] == 0.5 for r in labels}
@@ -198,7 +198,7 @@ def test_a_label_with_few_positives_in_fold_9_has_the_threshold_one_half(made, m
 
 
 def test_without_a_predicted_label_the_most_probable_one_is_explained(made, monkeypatch, capsys):
-    monkeypatch.setattr(plot, "FEWEST", 0)
+    monkeypatch.setattr(common, "FEWEST", 0)
     monkeypatch.setattr(common, "best_f1_thresholds", lambda y, s: np.full(y.shape[1], 99.0))
     run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--case", 13, "--model", "rhythm", "--top", 1)
     assert "below its threshold" in capsys.readouterr().out

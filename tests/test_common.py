@@ -523,6 +523,14 @@ def test_projection_equals_brute_force_with_ties(D, L, T, unique):
             assert all(f[2] <= cosine + 1e-6 for f in found[j][1:]) or unique
 
 
+def test_projection_asks_for_a_record_of_every_class():
+    z, carries, ids, p, p_class = planted(12, 4, 6, 3, (4, 3), 0)
+    carries[:, 1] = False
+    with pytest.raises(SystemExit) as e:
+        common.project(z, carries, ids, p, p_class)
+    assert "no training record" in sentence(e) and "02_train_joint.py" in sentence(e)
+
+
 def test_ties_go_to_the_lowest_ecg_id_then_the_earliest_window():
     z = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(1))
     p = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(2))
@@ -707,6 +715,13 @@ def test_kill_while_writing_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"round": 1}
     common.save_json(path, {"round": 2})
     assert json.loads(path.read_text()) == {"round": 2}
+
+
+def test_a_label_with_few_positives_in_fold_9_has_the_threshold_one_half():
+    y = np.zeros((30, 3), int)
+    y[:10, 0] = y[:9, 1] = 1
+    logits = np.linspace(5, 2, 30)[:, None] * np.ones(3)
+    assert common.decision_thresholds(y, logits).tolist() == [pytest.approx(logits[9, 0]), 0, 0]
 
 
 def test_ctrl_c_counts_where_python_cannot_raise():
@@ -995,6 +1010,8 @@ def test_small_is_the_same_flag_everywhere():
     args, cfg = of("--small", "--demo")
     assert (str(args.run), cfg.width, cfg.start) == ("runs/demo-small", 16, "blackbox-rhythm")
     assert common.rerun("03_project.py") == "run `python 03_project.py --demo --small`"
+    of("--demo", "--run", "runs/mine", "--data", "d")
+    assert common.rerun("03_project.py") == "run `python 03_project.py --demo --data d --run runs/mine`"
     assert of()[1] == common.Config() and of("--demo")[1].start == "blackbox-1d"
 
 

@@ -389,7 +389,8 @@ def test_what_force_overrode_stands_in_results_md(tmp_path, monkeypatch, stage):
 
 @pytest.mark.parametrize("argv, says", [(argv.split(), says) for argv, says in (
     ("01_preprocess --seed -1", "--seed"), ("05_evaluate --seed 4294967296", "--seed"),
-    ("02_train_joint --width 0", "--width"), ("02_train_joint --top-k 0", "--top-k"),
+    ("02_train_joint --width 0", "--width"), ("02_train_joint --patience 0", "--patience"),
+    ("02_train_joint --top-k 0", "--top-k"),
     ("02_train_joint --batch 0", "--batch"), ("02_train_joint --blackbox-epochs 0", "--blackbox-epochs"),
     ("02_train_joint --epochs -1", "--epochs"), ("02_train_joint --dropout 1", "--dropout"),
     ("02_train_joint --dropout nan", "--dropout"), ("02_train_joint --blackbox-ema 2", "--blackbox-ema"),
