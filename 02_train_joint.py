@@ -706,6 +706,8 @@ def main():
         print(f"{args.run} has no {cfg.start} yet, the start of the prototype models: training it first", flush=True)
         names = [cfg.start, *names]
     best = {name: train(name, args, cfg, prep) for name in sorted(names, key=lambda n: n != cfg.start)}
+    if args.device.type == "cuda":
+        print(f"GPU memory {torch.cuda.max_memory_allocated(args.device) / 2**30:.2f} GiB at most")
     print(f"{args.run}: {', '.join(f'{n} {v:.4f}' for n, v in best.items())} (fold-9 macro-AUROC)")
     if WORLD > 1:
         dist.destroy_process_group()

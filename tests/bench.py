@@ -1,4 +1,5 @@
-"""How fast every stage is on this machine: each is run as its user runs it, in a run folder of its own.
+"""How fast every stage is on this machine: each is run as its user runs it, in a run folder of its own; training epochs
+are also timed one by one, in short trainings from a random start without the projection and refit that follow an epoch.
 
     python tests/bench.py                                       the real data in data/ptbxl, the default width
     python tests/bench.py --synthetic 2000 --width 16           without real data
