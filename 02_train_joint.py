@@ -206,7 +206,7 @@ def black_box_heads(model, prep, device, strengths):
 
 
 def refit_black_box(model, prep, device):
-    """Give a black box the solved head that is best on fold 9, or its own if none is better; returns its macro-AUROC."""
+    """Give a black box the head that is best on fold 9, a solved one or its own; returns its macro-AUROC there."""
     h = common.batched(lambda x: model(x)[1], prep, np.flatnonzero(prep.val), device).to(device)
     y, head = prep.labels[prep.val][:, common.columns(model.classes)], model.head
     heads = [(head.weight.data, head.bias.data), *black_box_heads(model, prep, device, (0.1, 0.03, 0.01, 0.003))]
@@ -409,11 +409,16 @@ class Diverged(SystemExit):
     """A loss that is no number any more: the end of a training, with one sentence, and of a trial of --tune."""
 
 
+def round_before(args, name):
+    """The projected.pt of the round before this one."""
+    return args.run / name / f"projected{'' if args.round == 2 else f'_r{args.round - 1}'}.pt"
+
+
 def sources(name, args, cfg):
     """{input: fingerprint} of what a model's training starts from besides PREP: the black box, or the round before."""
     path = args.run / cfg.start / "joint.pt" if cfg.start.startswith("blackbox") else None
     if args.round > 1:
-        path = args.run / name / f"projected{'' if args.round == 2 else f'_r{args.round - 1}'}.pt"
+        path = round_before(args, name)
     if MODELS[name][0] == "blackbox" or path is None or not path.is_file():
         return {}
     return {"projected" if args.round > 1 else "start": common.file_hash(path)}
@@ -426,15 +431,14 @@ def start(name, args, cfg, prep, meta):
     two_d = kind in ("partial", "global") or name in ("blackbox-2d", "blackbox-morphology", "blackbox-global")
 
     if kind != "blackbox" and args.round > 1:  # Stages 1 and 2 repeated (Appendix E), from the projected prototypes
-        suffix = "" if args.round == 2 else f"_r{args.round - 1}"
-        path = args.run / name / f"projected{suffix}.pt"
-        model, before = common.load_model(path, common.command("03_project.py", name))
-        common.same_input(before, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
-        old = common.config_of(before)
+        path = round_before(args, name)
+        model, past = common.load_model(path, common.command("03_project.py", name))
+        common.same_input(past, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
+        old = common.config_of(past)
         for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k", "per_class"):
             if getattr(old, k) != getattr(cfg, k):
                 sys.exit(f"{path} was trained with another {k} ({getattr(old, k)}): give 02 the flags of round 1")
-        meta.update(per_class=before["per_class"], latent_dim=before["latent_dim"], warnings=before.get("warnings", []))
+        meta.update(per_class=past["per_class"], latent_dim=past["latent_dim"], warnings=past.get("warnings", []))
         return model
 
     if kind == "blackbox":

@@ -33,7 +33,7 @@ def main():
     prep = common.load_prep(args.prep)
     for name in (names := common.prototype_models(args)):
         began = time.time()
-        round_, path = common.newest(args.run / name, "joint", f"02_train_joint.py --model {name}")
+        round_, path = common.newest(args.run / name, "joint", common.command("02_train_joint.py", name))
         maker = common.command("02_train_joint.py", name, round_)
         model, meta = common.load_model(path, maker, args.device)
         common.same_input(meta, "prep", prep.path, path, maker, args.force)

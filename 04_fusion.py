@@ -226,8 +226,9 @@ def main():
         sys.exit(f"{args.run} holds no trained model: {common.rerun('02_train_joint.py')} first")
     for name in [m for m in args.model or present if MODELS[m][0] == "blackbox"]:
         path = args.run / name / "joint.pt"
-        model, meta = common.load_model(path, f"02_train_joint.py --model {name}", device)
-        common.same_input(meta, "prep", prep.path, path, f"02_train_joint.py --model {name}", args.force)
+        maker = common.command("02_train_joint.py", name)
+        model, meta = common.load_model(path, maker, device)
+        common.same_input(meta, "prep", prep.path, path, maker, args.force)
         logits = common.batched(lambda x: model(x)[0], prep, later, device)
         save_predictions(name, "black box", model.classes, logits.numpy(), {f"{name}/joint.pt": common.file_hash(path)},
                          meta.get("warnings", []))
@@ -236,15 +237,16 @@ def main():
     # Prototype models: one pass for all scores, then the branch classifier
     cached = {}
     for name in [m for m in args.model or present if MODELS[m][0] != "blackbox"]:
-        round_, path = common.newest(args.run / name, "projected", f"03_project.py --model {name}")
+        maker = common.command("03_project.py", name)
+        round_, path = common.newest(args.run / name, "projected", maker)
         joint = path.with_name(path.name.replace("projected", "joint"))
-        model, meta = common.load_model(path, f"03_project.py --model {name}", device)
-        common.same_input(meta, "joint", joint, path, f"03_project.py --model {name}", args.force)
-        common.same_input(meta, "prep", prep.path, path, f"03_project.py --model {name}", args.force)
-        record = common.load_json(path.with_name("prototypes.json"), f"03_project.py --model {name}")
+        model, meta = common.load_model(path, maker, device)
+        common.same_input(meta, "joint", joint, path, maker, args.force)
+        common.same_input(meta, "prep", prep.path, path, maker, args.force)
+        record = common.load_json(path.with_name("prototypes.json"), maker)
         if record.get("projected") != common.file_hash(path):
             sys.exit(f"{path.with_name('prototypes.json')} does not fit {path}: "
-                     f"{common.rerun(f'03_project.py --model {name}')} again")
+                     f"{common.rerun(maker)} again")
         before = common.load_model(joint, common.command("02_train_joint.py", name, round_), device)[0]
         projected, unprojected = model.p.data, before.p.data
 
@@ -297,7 +299,7 @@ def main():
     # Macro aggregation: each label from its own branch
     for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):
         if all(m in predictions["models"] for m in members):
-            logits = [common.load_npy(args.run / f"logits_{m}.npy", f"04_fusion.py --model {m}") for m in members]
+            logits = [common.load_npy(args.run / f"logits_{m}.npy", common.command("04_fusion.py", m)) for m in members]
             classes, forced = (sum((predictions["models"][m].get(k, []) for m in members), [])
                                for k in ("classes", "warnings"))
             merged = np.nan_to_num(np.stack(logits)).sum(0)[:, common.columns(classes)]  # the groups are disjoint

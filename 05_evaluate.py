@@ -149,7 +149,7 @@ def per_batch_auroc(y, score, batch=BATCH):
 def read(path, maker, *keys):
     """The JSON object of `path`; exits naming its maker when it is missing, damaged or without one of `keys`."""
     value = common.load_json(path, maker)
-    if not isinstance(value, dict) or value.get("format") != common.FORMAT or any(k not in value for k in keys):
+    if value.get("format") != common.FORMAT or any(k not in value for k in keys):
         sys.exit(f"{path} is damaged or of another version: {common.rerun(maker)} again")
     return value
 
@@ -171,11 +171,11 @@ def load_run(run, prep, force):
             stale.append(f"{source} is not what the predictions were made from: {again}")
     joint = {}
     for name in [n for n in models if n in MODELS]:
-        maker = f"02_train_joint.py --model {name}"
+        maker = common.command("02_train_joint.py", name)
         newest = common.newest(run / name, "joint", maker)[1]
         joint[name] = read(newest.with_suffix(".json"), maker, "config", "device")
         if MODELS[name][0] != "blackbox":
-            found = read(run / name / "prototypes.json", f"03_project.py --model {name}", "inputs")
+            found = read(run / name / "prototypes.json", common.command("03_project.py", name), "inputs")
             if found["inputs"].get("joint") != common.file_hash(newest):
                 stale.append(f"{run / name} was not projected from its {newest.name}: {common.rerun('03_project.py')}, "
                              "then 04")
@@ -198,7 +198,7 @@ def load_run(run, prep, force):
 
 def cost_of(name, run, model, aurocs):
     """A row of the table of what interpretability costs: the AUROC of each step, and how much there is to read."""
-    parts = [read(run / m / "prototypes.json", f"03_project.py --model {m}", "gap", "distinct", "prototypes")
+    parts = [read(run / m / "prototypes.json", common.command("03_project.py", m), "gap", "distinct", "prototypes")
              for m in ([name] if name in MODELS else BRANCHES)]
     count = [len(part["prototypes"]) for part in parts]
     own = np.where(np.isfinite(aurocs[name][0]), 0, np.nan)                                # the model's labels only
@@ -265,8 +265,8 @@ def evidence(X, W, b, thresholds):
 def disturbed(x, rng):
     """x [N, 12, 1000] mV as it might have been recorded: {name: (x, shift in samples)}.
 
-    20 dB: white noise of a hundredth of each record's power. Wander: a sine of 0.5 mV and 0.15 to 0.3 Hz in each lead, as
-    01's linear high-pass leaves it (the record has been through it). Shifts of 0.2 s are circular.
+    20 dB: white noise of a hundredth of each record's power. Wander: a sine of 0.5 mV and 0.15 to 0.3 Hz in each lead,
+    as 01's linear high-pass leaves it (the record has been through it). Shifts of 0.2 s are circular.
     """
     power, t = np.square(x).mean((1, 2), keepdims=True), np.arange(SAMPLES) / RATE
     frequency, phase = rng.uniform(0.15, 0.3, (len(x), 1, 1)), rng.uniform(0, 2 * np.pi, (*x.shape[:2], 1))
@@ -366,11 +366,10 @@ def interpretability(run, prep, models, device, seed):
     x = np.array(prep.signals[rows])
     variants, found, seen_by = {"": (x, 0), **disturbed(x, rng)}, {}, {}
     for name in tqdm(names, desc="interpretability", leave=False):
-        (source, *_), maker = models[name]["inputs"], f"04_fusion.py --model {name}"
+        (source, *_), maker = models[name]["inputs"], common.command("04_fusion.py", name)
         network = common.load_model(run / source, maker, device)[0]
-        saved = common.load_pt(run / name / "classifier.pt", maker)
-        head = {k: saved[k].double().numpy() for k in ("W", "b", "mean", "std")}
-        places = read(run / name / "prototypes.json", f"03_project.py --model {name}", "distinct", "prototypes")
+        head = common.load_head(run / name / "classifier.pt", maker)[1]
+        places = read(run / name / "prototypes.json", common.command("03_project.py", name), "distinct", "prototypes")
         scores = common.load_npy(run / name / "scores.npy", maker)
         if scores.shape != (len(prep.folds), len(network.p)) or len(head["b"]) != len(network.classes):
             sys.exit(f"{run / name}/scores.npy or classifier.pt does not fit {source}: {common.rerun(maker)} again")
@@ -388,8 +387,7 @@ def interpretability(run, prep, models, device, seed):
         if network.kind == "partial":
             found[name] |= faithfulness(network, head, x, X[1], seen[""][1], head["thresholds"], rng, device)
     if "fusion" in models and all(b in names for b in BRANCHES):
-        saved = common.load_pt(run / "fusion.pt", "04_fusion.py")
-        head = {k: saved[k].double().numpy() for k in ("W", "b", "mean", "std")}
+        head = common.load_head(run / "fusion.pt", "04_fusion.py")[1]
         own = columns(models["fusion"]["classes"])
         seen = {v: (np.concatenate([seen_by[b][v][0] for b in BRANCHES], 1), None) for v in variants}
         thresholds = decision_thresholds(prep.labels[prep.val][:, own], models["fusion"]["fold 9"][:, own])
@@ -617,7 +615,8 @@ def report(m):
            "## Headline", headline(m),
            f"Macro-AUROC of the logits on the whole of fold 10 at once. {m['rule']} {RARE}+ positives: over the "
            f"classes with {RARE} or more in fold 10. F1: over the classes with positives in fold 10, each at the logit "
-           f"with the best F1 on fold 9, or at 0 if it has fewer than {common.FEWEST} positives there. Fold 9: the macro-AUROC on the fold that all choices were made on.",
+           f"with the best F1 on fold 9, or at 0 if it has fewer than {common.FEWEST} positives there. Fold 9: the "
+           "macro-AUROC on the fold that all choices were made on.",
            f"\\* per batch of {BATCH}, as the authors log it; not comparable: the mean over batches of the AUROC "
            "over the classes that happen to occur in the batch, which is seldom a rare one.",
            "## The paper's Tables 1 and 2", paper_table(ours)]
@@ -1097,10 +1096,11 @@ def main():
         models["blackbox-ensemble"] = {**models["blackbox-1d"], **{
             fold: np.mean([m["blackbox-1d"][fold] for m in boxes], 0) for fold in ("fold 9", "fold 10")}}
     for name in set(args.model or []) - set(models):
-        sys.exit(f"{args.run} has no predictions of {name}: {common.rerun(f'04_fusion.py --model {name}')} first")
+        sys.exit(f"{args.run} has no predictions of {name}: {common.rerun(common.command('04_fusion.py', name))} first")
     if args.model:
         joint = {n: joint[n] for n in joint if n in args.model}
-        models = {n: m for n, m in models.items() if n in args.model or any(n == a + s for a in args.model for s in STEPS)}
+        wanted = {name + step for name in args.model for step in ("", *STEPS)}
+        models = {n: m for n, m in models.items() if n in wanted}
     final, pairs, against = [n for n in models if not n.endswith(STEPS)], dict(PAIRS), {}
     own, setting = list(final), next(iter(joint.values()))["config"]  # a prototype model's if there is one
     if args.against:  # its predictions join ours as "NAME of RUN2"

@@ -207,7 +207,7 @@ def save_png(path, fig):
 def load_prototypes(name, args, prep):
     """A model's prototypes.json, each prototype with its `model`, `kind` and the `row` of its training record; exits if
     it is damaged or does not belong to `prep`."""
-    path, maker = args.run / name / "prototypes.json", f"03_project.py --model {name}"
+    path, maker = args.run / name / "prototypes.json", common.command("03_project.py", name)
     record, row_of = common.load_json(path, maker), {int(e): i for i, e in enumerate(prep.ecg_ids)}
     try:
         common.same_input(record, "prep", prep.path, path, maker, args.force)
@@ -341,16 +341,15 @@ def load_classifiers(args, prep):
     fusion = args.model is None and (args.run / "fusion.pt").is_file()
     for name in ["fusion"] if fusion else common.prototype_models(args):
         path = args.run / "fusion.pt" if fusion else args.run / name / "classifier.pt"
-        maker = "04_fusion.py" if fusion else f"04_fusion.py --model {name}"
-        saved = common.load_pt(path, maker)
-        head = SimpleNamespace(name=name, classes=saved["meta"]["classes"], networks=[], prototypes=[],
-                               file=path.relative_to(args.run).as_posix(), hash=common.file_hash(path),
-                               **{k: saved[k].double().cpu().numpy() for k in ("W", "b", "mean", "std")})
-        for m in [m for m, _ in saved["meta"]["branches"]] if fusion else [name]:
-            source_of = f"03_project.py --model {m}"
+        maker = "04_fusion.py" if fusion else common.command("04_fusion.py", name)
+        meta, arrays = common.load_head(path, maker)
+        head = SimpleNamespace(name=name, classes=meta["classes"], networks=[], prototypes=[], **arrays,
+                               file=path.relative_to(args.run).as_posix(), hash=common.file_hash(path))
+        for m in [m for m, _ in meta["branches"]] if fusion else [name]:
+            source_of = common.command("03_project.py", m)
             projected = common.newest(args.run / m, "projected", source_of)[1]
             key = f"{m}/{projected.name}" if fusion else "projected"
-            common.same_input(saved["meta"], key, projected, path, maker, args.force)
+            common.same_input(meta, key, projected, path, maker, args.force)
             record = load_prototypes(m, args, prep)
             if record["projected"] != common.file_hash(projected):
                 sys.exit(f"{args.run / m}/prototypes.json does not fit {projected}: {common.rerun(source_of)} again")

@@ -391,7 +391,7 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
         own = torch.where(p_class == c)[0]
         members = np.flatnonzero(carries[:, c])                                             # Z_j of Eq. (8)
         if not len(members):
-            sys.exit(f"class {c} of the model has no training record here: {rerun('02_train_joint.py')} on these arrays")
+            sys.exit(f"class {c} of the model has no training record in these arrays: {rerun('02_train_joint.py')}")
         S = torch.cat([similarity(z[part].to(p), p[own]) for part in np.array_split(members, -(-len(members) // 512))])
         S = S.transpose(0, 1).cpu().numpy()                                                 # [own, n, windows]
         flat, taken = S.reshape(len(own), -1).copy(), 0
@@ -511,8 +511,8 @@ _given = []  # the flags of this call that say which run it works on, for `rerun
 
 
 def command_line(maker):
-    """The command that runs stage `maker` with the flags that say which run this is."""
-    return f"python {maker}{''.join(_given)}"
+    """The command that runs stage `maker` with the flags that say which run this is; only 00 and 01 read --data."""
+    return f"python {maker}" + "".join(flag for flag in _given if maker < "02" or not flag.startswith(" --data"))
 
 
 def rerun(maker):
@@ -691,10 +691,10 @@ def same_input(meta, name, path, artifact, maker, force=False):
     print(f"WARNING: {message}", file=sys.stderr)
 
 
-def load_prep(folder, maker="01_preprocess.py"):
+def load_prep(folder):
     """The arrays of 01 as a namespace: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71] uint8, folds, ecg_ids,
     patient_ids [N], info (preprocess.json) and path, the file whose fingerprint stands for all of them."""
-    folder = Path(folder)
+    folder, maker = Path(folder), "01_preprocess.py"
     info = load_json(folder / "preprocess.json", maker)
     if info.get("format") != FORMAT or not {"shapes", "sha256", "scaler", "jaccard", "sizes"} <= set(info):
         sys.exit(f"{folder / 'preprocess.json'} is damaged or of another version: {rerun(maker)} again")
@@ -739,6 +739,12 @@ def prototype_models(args):
     if not names:
         sys.exit(f"{args.run} holds no prototype model of those asked for: {rerun('02_train_joint.py')} first")
     return names
+
+
+def load_head(path, maker):
+    """(meta, its arrays W [C, P], b [C], mean [P], std [P] in float64) of a classifier that 04 wrote."""
+    saved = load_pt(path, maker)
+    return saved["meta"], {k: saved[k].double().cpu().numpy() for k in ("W", "b", "mean", "std")}
 
 
 def config_of(meta):

@@ -587,7 +587,8 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     metrics = evaluate(monkeypatch, other, prep, "--save", "ablation")["predictions"]["rhythm"]
     run_stage(monkeypatch, "05_evaluate", "--readme")
     table = page.read_text().partition("**Ablations**")[2]
-    assert page.read_text().partition("**Ablations**")[0].count("**default recipe, width 64") == 1  # no table of its own
+    before = page.read_text().partition("**Ablations**")[0]
+    assert before.count("**default recipe, width 64") == 1  # no table of its own
     row = next(line for line in table.splitlines() if "width 64: a [1.0, 2.0, 1.0], top_k 30" in line)
     assert ev.cell(metrics["auroc"]) in row and ev.number(metrics["fold 9"]) in row
     assert "width 64: as it is " in table and "width 64: as it is, no contrastive " in table and "(3 seeds)" in table
@@ -619,7 +620,8 @@ def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
     got = rows(saved(width=32, value=1, **alone), saved(width=32, value=2, seed=43, **alone), saved(value=4, **alone),
                saved(width=32, value=3, efficient=False), saved(value=5),
                saved("blackbox-rhythm", 6, width=32, **alone), saved("blackbox-rhythm", 7, **alone),
-               saved("blackbox-rhythm", 13, width=32), saved(width=32, value=14, start="blackbox-rhythm"), saved(value=8, test=386), saved(value=9, lr=1e-3),
+               saved("blackbox-rhythm", 13, width=32), saved(width=32, value=14, start="blackbox-rhythm"),
+               saved(value=8, test=386), saved(value=9, lr=1e-3),
                saved(value=10, recipe="paper"), saved("fusion", 11), saved(value=12, class_weights=True))
     assert [r[1] for r in got] == ["1 and 2", "3", "4", "5", "6", "7", ".8758"]
     assert got[0][2:] == ["1,000,000", "4.01", "2.5 / 0.5", "9.1 / 120", "an abacus, 2 CPU threads"]

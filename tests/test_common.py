@@ -1011,7 +1011,8 @@ def test_small_is_the_same_flag_everywhere():
     assert (str(args.run), cfg.width, cfg.start) == ("runs/demo-small", 16, "blackbox-rhythm")
     assert common.rerun("03_project.py") == "run `python 03_project.py --demo --small`"
     of("--demo", "--run", "runs/mine", "--data", "d")
-    assert common.rerun("03_project.py") == "run `python 03_project.py --demo --data d --run runs/mine`"
+    assert common.rerun("01_preprocess.py") == "run `python 01_preprocess.py --demo --data d --run runs/mine`"
+    assert common.rerun("03_project.py") == "run `python 03_project.py --demo --run runs/mine`"
     assert of()[1] == common.Config() and of("--demo")[1].start == "blackbox-1d"
 
 
