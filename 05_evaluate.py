@@ -546,13 +546,16 @@ def interpretability_cell(metric, found):
 
 def interpretability_table(columns_):
     """Rows of metrics, each in its variants: columns_ {heading: [{metric: value} of a model, ...]}, one cell for all
-    models of a column."""
+    models of a column, or for the only one that the metric applies to."""
     measured, rows = dict.fromkeys(k for some in columns_.values() for found in some for k in found), []
     for metric in MEASURES:
         variants = [k for k in measured if k.startswith(metric + ", ") and "drop" not in metric] or [metric]
         for k in variants:
-            each = [[interpretability_cell(k, found) for found in some] for some in columns_.values()]
-            rows.append([k, *(" / ".join(c for c in cells if c != "–" or len(cells) == 1) or "–" for cells in each)])
+            rows.append([k])
+            for some in columns_.values():
+                cells = [interpretability_cell(k, found) for found in some]
+                known = [c for c in cells if c != "–"]
+                rows[-1].append(" / ".join(cells) if len(known) > 1 else (known or ["–"])[0])
     return table(["", *columns_], rows)
 
 
@@ -748,7 +751,7 @@ def readme():
         if set(BRANCHES) <= set(found := run.get("interpretability", {}).get("", {})):
             kinds.setdefault(what, [found[m] for m in (*BRANCHES, "fusion") if m in found])
     if kinds:
-        tables += ["**Interpretability** (rhythm / morphology / global / fusion, where it applies)",
+        tables += ["**Interpretability** (rhythm / morphology / global / fusion, one value: of morphology, or of all)",
                    interpretability_table(kinds), definitions()]
     text = fill(fill(text, "results", tables), "course", [course_table(runs, pooled)])
     with common.replacing(path) as t:

@@ -111,8 +111,8 @@ def measure(args):
         gpu = re.search(r"GPU memory ([\d.]+) GiB", text)
         return float(each[-1]), float(gpu[1]) if gpu else memory
 
-    for model, batch in [(m, b) for b in (32, common.Config().batch) for m in ("blackbox-1d", "rhythm", "morphology",
-                                                                               "global")]:
+    batches = (32, common.Config().batch) if device.type == "cuda" else (common.Config().batch,)  # 32: the authors'
+    for model, batch in [(m, b) for b in batches for m in ("blackbox-1d", "rhythm", "morphology", "global")]:
         add(f"02, an epoch of {model}, batch {batch}", *epoch(model, batch), n_train, step_flop(model, args.width))
     whole, whole_memory = 0, 0
     flags = ["--run", work / "run"]
