@@ -751,7 +751,7 @@ def readme():
         if set(BRANCHES) <= set(found := run.get("interpretability", {}).get("", {})):
             kinds.setdefault(what, [found[m] for m in (*BRANCHES, "fusion") if m in found])
     if kinds:
-        tables += ["**Interpretability** (rhythm / morphology / global / fusion, one value: of morphology, or of all)",
+        tables += ["**Interpretability** (rhythm / morphology / global / fusion; a single value is of morphology)",
                    interpretability_table(kinds), definitions()]
     text = fill(fill(text, "results", tables), "course", [course_table(runs, pooled)])
     with common.replacing(path) as t:
