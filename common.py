@@ -5,7 +5,6 @@ loss, Eq. (2)-(7) (3.4), projection, Eq. (8) (3.5), macro-AUROC (3.1). Then the 
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities, W [C, P], y [B, C].
 """
-import _thread
 import argparse
 import contextlib
 import errno
@@ -534,7 +533,7 @@ BARRED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, e
 def _interrupt_later(unraisable):
     """Where Python cannot raise (a finaliser, the hooks of a fork) it prints a Ctrl-C and goes on: send it again."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        again = threading.Timer(0.1, _thread.interrupt_main)
+        again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
         again.daemon = True  # not if the stage ends first
         again.start()
     else:

@@ -733,12 +733,12 @@ def test_ctrl_c_counts_where_python_cannot_raise():
                 signal.raise_signal(signal.SIGINT)
         def main():
             Swallows()
-            time.sleep(20)
+            time.sleep(300)
             print("went on")
         common.run(main)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(main)], cwd=Path(common.__file__).parent,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("\ninterrupted: "), done
 
 
