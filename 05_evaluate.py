@@ -491,7 +491,7 @@ def efficiency(args, models):
 
 def number(v, sign=""):
     """.9321 as the paper prints it, +.0012 with sign "+", a dash for None."""
-    return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{v:{sign}.4f}")
+    return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{round(v, 4) + 0.0:{sign}.4f}")  # + 0.0: no -.0000
 
 
 def cell(v, sign=""):
