@@ -481,7 +481,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
 
-    # A class's direction: fitted more strongly regularised than a head is best, which suits classes of few records
+    # A class's direction has a stronger L2 than the black box's own head: classes of few records need the restraint
     V = black_box_heads(box, prep, args.device, [0.1])[0][0]                          # [71, 512 or 1024]
     if kind != "1d" and cfg.pool == "meanmax":  # one step's evidence through the average and through the maximum
         V = V[:, :V.shape[1] // 2] + V[:, V.shape[1] // 2:]
