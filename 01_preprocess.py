@@ -21,6 +21,7 @@ import csv
 import multiprocessing
 import re
 import sys
+from collections import deque
 
 import numpy as np
 import wfdb
@@ -177,14 +178,16 @@ def main():
                     scaler.partial_fit(x[train].transpose(0, 2, 1).reshape(-1, len(LEADS)))  # [records * 1000, 12]
                 chunk.clear()
 
-        results = pool.imap(read_records, [[r["name"] for r in records[i:i + 64]] for i in range(0, N, 64)])
+        parts = deque(pool.submit(read_records, [r["name"] for r in records[i:i + 64]]) for i in range(0, N, 64))
         for i, record in enumerate(records):
             if i % 64 == 0:
                 try:
-                    part = results.next(timeout=PATIENCE)
-                except multiprocessing.TimeoutError:
-                    sys.exit(f"{record['name']}: nothing came back in {PATIENCE} s (a stuck disk, or a process "
-                             "was killed); run the same command again")
+                    part = parts.popleft().result(timeout=PATIENCE)
+                except TimeoutError:
+                    for process in multiprocessing.active_children():  # or the stage would wait for them
+                        process.kill()
+                    sys.exit(f"{record['name']}: nothing came back in {PATIENCE} s (a stuck disk?): run the same "
+                             "command again")
             digital, reason = part[i % 64]
             bar.update()
             if digital is None:

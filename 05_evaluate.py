@@ -467,8 +467,8 @@ def efficiency(args, models):
         known = {}
     # a server that has the libraries but has computed nothing forks a fresh process for each model
     multiprocessing.set_forkserver_preload(["common", "matplotlib.figure", "sklearn.metrics"])
-    fresh = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), signal.signal,
-                                (signal.SIGINT, signal.SIG_IGN), max_tasks_per_child=1)
+    fresh = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), common.begin_worker,
+                                max_tasks_per_child=1)
     names = [n for n in models if n in MODELS or n == "fusion"]
     names = [n for n in names if all((args.run / k).is_file() for k in models[n]["inputs"])]
     stop = []

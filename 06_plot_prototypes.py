@@ -237,9 +237,9 @@ def file_name(text):
 
 
 def picture(job):
-    """Draw one prototype to a PNG file; job is (path, x [12, 1000] mV, prototype, title, text below it)."""
-    path, x, q, title, below = job
-    scenes, top = scenes_of(q, x), 20
+    """Draw one prototype to a PNG file; job is (path, PREP, prototype, title, text below it)."""
+    path, folder, q, title, below = job  # no samples: jobs go through a pipe
+    scenes, top = scenes_of(q, np.load(folder / "signals.npy", mmap_mode="r")[q["row"]]), 20
     fig, ax = sheet(297, top + sum(scene["h"] + 3 for scene in scenes) + 4)     # a partial one is A4 landscape
     write(ax, 13.5, 7, title, 5, weight="bold")
     write(ax, 13.5, 10, textwrap.fill(below, 160, max_lines=2, placeholder=" ..."), 3.2, va="top")
@@ -256,12 +256,12 @@ def gallery(args, prep, records, words):
         for q in record["prototypes"]:
             file = f"{name}/{file_name(q['class'])}_{q['index']:04d}.png"
             about = f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}"
-            jobs.append((figures / file, prep.signals[q["row"]], q, words[q["class"]],
+            jobs.append((figures / file, args.prep, q, words[q["class"]],
                          f"prototype {name} {q['index']}: {about}"))
             sections.setdefault((name, q["class"]), []).append((file, html.escape(about)))
     try:
         with common.process_pool(args) as pool:
-            done = pool.imap_unordered(picture, jobs, chunksize=4)
+            done = pool.map(picture, jobs, chunksize=4)
             for _ in tqdm(done, "prototypes", len(jobs), unit=" pictures", disable=None):
                 pass
     finally:

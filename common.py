@@ -11,13 +11,15 @@ import errno
 import hashlib
 import io
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
 import signal
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -519,11 +521,26 @@ def rerun(maker):
     return f"run `{command_line(maker)}`"
 
 
+@contextlib.contextmanager
 def process_pool(args):
-    """A pool of as many processes as --threads allows; children inherit what the stage has loaded."""
+    """Yield an executor of as many processes as --threads allows; what they have not begun when the block ends they
+    never begin. (A multiprocessing.Pool can wait for ever, once a task has failed or a process was killed.)"""
     workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
-    return multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork").Pool(
-        workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the stage's to answer
+    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
+    pool = ProcessPoolExecutor(workers, context, begin_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        sys.exit("a process was killed, perhaps for want of memory: run the same command again, with --threads 1")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def begin_worker():
+    """A process of the pool leaves Ctrl-C to the stage and ends when the stage was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stage = [multiprocessing.parent_process().sentinel]
+    threading.Thread(target=lambda: (multiprocessing.connection.wait(stage), os._exit(1)), daemon=True).start()
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, a limit on the size of a file

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -740,6 +741,52 @@ def test_ctrl_c_counts_where_python_cannot_raise():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(main)], cwd=Path(common.__file__).parent,
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("\ninterrupted: "), done
+
+
+POOL = """
+    import os, signal, time, common
+    from types import SimpleNamespace
+    def main():
+        for task in {tasks}:
+            try:
+                with common.process_pool(SimpleNamespace(threads=2)) as pool:
+                    list(pool.map(task, [bytes(200_000)] * 20))
+            except ValueError as e:
+                print(e)
+    def fails(job):
+        raise ValueError("failed")
+    def killed(job):
+        os.kill(os.getpid(), signal.SIGKILL)
+    def waits(job):
+        print(os.getpid(), flush=True)
+        time.sleep(300)
+    common.run(main)
+"""
+
+
+def start_pool(tasks):
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(POOL).format(tasks=tasks)], text=True,
+                            cwd=Path(common.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_pool_whose_task_fails_or_is_killed_ends():
+    """A multiprocessing.Pool waits for ever: now and then after a failed task, always after a killed process."""
+    process = start_pool("[fails] * 20 + [killed]")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and out == "failed\n" * 20
+    assert "killed" in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
+def test_killed_stage_takes_its_pool_along():
+    process = start_pool("[waits]")
+    workers = [int(process.stdout.readline()) for _ in range(min(2, os.cpu_count()))]
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 20  # they need a moment
+    while any(Path(f"/proc/{w}").exists() for w in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [w for w in workers if Path(f"/proc/{w}").exists()]
 
 
 def test_full_disk_and_interrupt_are_one_sentence():

@@ -54,6 +54,7 @@ for line in sys.stdin:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(300)  # a stage that hangs is killed, and fails its test
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["most"], order["most"]))  # a write beyond it fails
         os.write(say, b"x")
         code = 0
