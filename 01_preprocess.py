@@ -18,7 +18,6 @@ Last line: `runs/prep: 21,799 records, 71 labels (train 17,418, validation 2,183
 """
 import ast
 import csv
-import multiprocessing
 import re
 import sys
 from collections import deque
@@ -184,8 +183,6 @@ def main():
                 try:
                     part = parts.popleft().result(timeout=PATIENCE)
                 except TimeoutError:
-                    for process in multiprocessing.active_children():  # or the stage would wait for them
-                        process.kill()
                     sys.exit(f"{record['name']}: nothing came back in {PATIENCE} s (a stuck disk?): run the same "
                              "command again")
             digital, reason = part[i % 64]

@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -523,8 +524,9 @@ def rerun(maker):
 
 @contextlib.contextmanager
 def process_pool(args):
-    """Yield an executor of as many processes as --threads allows; what they have not begun when the block ends they
-    never begin. (A multiprocessing.Pool can wait for ever, once a task has failed or a process was killed.)"""
+    """Yield an executor of as many processes as --threads allows. When the block ends, what they have not begun they
+    never begin, and one that does not come back within PATIENCE seconds (a stuck disk) is killed.
+    (A multiprocessing.Pool can wait for ever, once a task has failed or a process was killed.)"""
     workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
     context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
     pool = ProcessPoolExecutor(workers, context, begin_worker)
@@ -533,7 +535,14 @@ def process_pool(args):
     except BrokenProcessPool:
         sys.exit("a process was killed, perhaps for want of memory: run the same command again, with --threads 1")
     finally:
-        pool.shutdown(cancel_futures=True)
+        processes, until = multiprocessing.active_children(), time.monotonic() + PATIENCE
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.join(max(0, until - time.monotonic()))
+            process.kill()  # does nothing to one that has ended
+
+
+PATIENCE = 5
 
 
 def begin_worker():
