@@ -43,22 +43,26 @@ def fit(X, Y, off, strength, W, b, l2=L2, tolerance=TOLERANCE, rounds=200):
     set of own-class weights, non-zero weights and those that violate optimality most, each step a small quadratic
     problem with L1. Returns W [C, P], b [C] and the largest violation of the optimality conditions.
     """
-    W, b = W.copy(), b.copy()
+    W, b, largest = W.copy(), b.copy(), np.full(len(W), np.inf)
+    X_1 = np.column_stack([X, np.ones(len(X))])                                             # the bias comes last
+    todo = np.arange(len(W))
     for _ in range(rounds):
-        error = expit(X @ W.T + b) - Y                                                      # [N, C]
-        G = error.T @ X / len(X) + l2 * W                                                   # [C, P] smooth gradient
+        W_c, off_c = W[todo], off[todo]
+        error = expit(X @ W_c.T + b[todo]) - Y[:, todo]                                     # [N, classes to do]
+        G = error.T @ X / len(X) + l2 * W_c                                                 # [., P] smooth gradient
         inside = np.maximum(np.abs(G) - strength, 0)                                        # for weights at zero
-        violation = np.where(off & (W == 0), inside, np.abs(G + penalty_slope(W, off, strength)))
-        largest = np.maximum(violation.max(1), np.abs(error.mean(0)))                       # weights and bias
-        todo = np.flatnonzero(largest > tolerance)
+        violation = np.where(off_c & (W_c == 0), inside, np.abs(G + penalty_slope(W_c, off_c, strength)))
+        largest[todo] = np.maximum(violation.max(1), np.abs(error.mean(0)))                 # weights and bias
+        unsolved = largest[todo] > tolerance
+        todo, violation = todo[unsolved], violation[unsolved]
         if len(todo) == 0:
             break
-        for c in todo:
-            entering = np.flatnonzero(off[c] & (W[c] == 0) & (violation[c] > 0))
-            entering = entering[np.argsort(-violation[c, entering])[:ENTERING]]
+        for c, v in zip(todo, violation):
+            entering = np.flatnonzero(off[c] & (W[c] == 0) & (v > 0))
+            entering = entering[np.argsort(-v[entering])[:ENTERING]]
             work = np.union1d(np.flatnonzero(~off[c] | (W[c] != 0)), entering)
             l1 = np.where(off[c, work], strength, 0.0)
-            W[c, work], b[c] = newton(X[:, work], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
+            W[c, work], b[c] = newton(X_1[:, [*work, -1]], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
     return W, b, float(largest.max())
 
 
@@ -68,8 +72,12 @@ def penalty_slope(W, off, strength):
 
 
 def newton(X, y, l1, w, b, l2, tolerance):
-    """Eq. (10) for one class: X [N, A], y [N], l1 [A], start w [A], b -> w, b. Proximal Newton with step halving."""
-    X = np.column_stack([X, np.ones(len(X))])                                               # the bias comes last
+    """Eq. (10) for one class: X [N, A + 1] with ones in its last column, y [N], l1 [A], start w [A], b -> w, b.
+
+    Proximal Newton with step halving. The Hessian is made in float32: it says how to get to the optimum, and the
+    gradient, in float64, where that is.
+    """
+    X_32 = X.astype(np.float32)
     v, l1 = np.append(w, b), np.append(l1, 0.0)
     ridge = np.append(np.full(len(w), l2), 0.0)
 
@@ -84,7 +92,8 @@ def newton(X, y, l1, w, b, l2, tolerance):
         slope = np.where(v != 0, np.abs(g + l1 * np.sign(v)), np.maximum(np.abs(g) - l1, 0))
         if slope.max() < tolerance:
             break
-        H = (X * (prob * (1 - prob))[:, None]).T @ X / len(y) + np.diag(ridge + 1e-9)
+        R = X_32 * np.sqrt(prob * (1 - prob) / len(y)).astype(np.float32)[:, None]
+        H = (R.T @ R).astype(np.float64) + np.diag(ridge + 1e-9)
         step = feature_sign(H, H @ v - g, l1, v, tolerance / 10) - v
         for t in 0.5 ** np.arange(20):
             trial, m_trial = objective(v + t * step)

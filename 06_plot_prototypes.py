@@ -239,7 +239,7 @@ def file_name(text):
 def picture(job):
     """Draw one prototype to a PNG file; job is (path, PREP, prototype, title, text below it)."""
     path, folder, q, title, below = job  # no samples: jobs go through a pipe
-    scenes, top = scenes_of(q, np.load(folder / "signals.npy", mmap_mode="r")[q["row"]]), 20
+    scenes, top = scenes_of(q, common.load_npy(folder / "signals.npy", "01_preprocess.py", mmap=True)[q["row"]]), 20
     fig, ax = sheet(297, top + sum(scene["h"] + 3 for scene in scenes) + 4)     # a partial one is A4 landscape
     write(ax, 13.5, 7, title, 5, weight="bold")
     write(ax, 13.5, 10, textwrap.fill(below, 160, max_lines=2, placeholder=" ..."), 3.2, va="top")

@@ -1,5 +1,6 @@
-"""How fast every stage is on this machine: each is run as its user runs it, in a run folder of its own; training epochs
-are also timed one by one, in short trainings from a random start without the projection and refit that follow an epoch.
+"""How fast every stage is on this machine: each is run as its user runs it, in a run folder of its own. Epochs of the
+default recipe's networks are also timed by themselves: the training pass and fold 9 alone, and then the whole epoch of
+the recipe, after which it projects the prototypes and solves the head.
 
     python tests/bench.py                                       the real data in data/ptbxl, the default width
     python tests/bench.py --synthetic 2000 --width 16           without real data
@@ -101,19 +102,23 @@ def measure(args):
     n, n_train = len(arrays.folds), int(arrays.train.sum())
     add("01, preprocessing", seconds, memory, n)
 
-    def epoch(model, batch):
-        """The last epoch of a short training without projection: its seconds, and the peak memory."""
-        kind = "--blackbox-epochs" if model.startswith("blackbox") else "--epochs"
-        _, memory, text = run("02_train_joint.py", *shared, "--run", work / f"{model}-{batch}", "--model", model,
-                              "--width", args.width, "--batch", batch, kind, args.epochs, "--start", "random",
-                              "--add-on", "sigmoid", "--prototypes", "random", "--head", "free", "--project-every", 0)
-        each = re.findall(r"best [\d.]+ +([\d.]+) s ", text)
+    def epoch(model, batch, *flags):
+        """The last epoch of a short training: its seconds, and the peak memory. The first model is the black box, from
+        which the branches start."""
+        kind = "--blackbox-epochs" if model == "blackbox-1d" else "--epochs"
+        _, memory, text = run("02_train_joint.py", *shared, "--run", work / f"batch-{batch}", "--model", model, "--force",
+                              "--width", args.width, "--batch", batch, kind, args.epochs, *flags)
+        each = re.findall(rf"{model} +epoch .* best [\d.]+ +([\d.]+) s ", text)
         gpu = re.search(r"GPU memory ([\d.]+) GiB", text)
         return float(each[-1]), float(gpu[1]) if gpu else memory
 
     batches = (32, common.Config().batch) if device.type == "cuda" else (common.Config().batch,)  # 32: the authors'
     for model, batch in [(m, b) for b in batches for m in ("blackbox-1d", "rhythm", "morphology", "global")]:
-        add(f"02, an epoch of {model}, batch {batch}", *epoch(model, batch), n_train, step_flop(model, args.width))
+        plain = ["--head", "free", "--project-every", 0]
+        add(f"02, an epoch of {model}, batch {batch}", *epoch(model, batch, *plain), n_train,
+            step_flop(model, args.width))
+        if model != "blackbox-1d":
+            add("02, the same with projection and head", *epoch(model, batch), n_train)
     whole, whole_memory = 0, 0
     flags = ["--run", work / "run"]
     short = ["--width", args.width, *(["--blackbox-epochs", args.epochs, "--epochs", 1] if not args.whole else [])]

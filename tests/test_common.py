@@ -771,9 +771,9 @@ def start_pool(tasks):
 
 def test_pool_whose_task_fails_or_is_killed_ends():
     """A multiprocessing.Pool waits for ever: now and then after a failed task, always after a killed process."""
-    process = start_pool("[fails] * 20 + [killed]")
+    process = start_pool("[fails] * 8 + [killed]")
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 1 and out == "failed\n" * 20
+    assert process.returncode == 1 and out == "failed\n" * 8
     assert "killed" in err and len(err.splitlines()) == 1, err
 
 

@@ -45,17 +45,19 @@ def test_help_is_the_docstring_and_names_every_flag(script, monkeypatch, capsys)
     assert re.search(r"(?m)^reads ", text) and re.search(r"(?m)^writes ", text) and "Last line:" in text
 
 
-def test_from_records_to_pictures(tmp_path, monkeypatch):
-    """00 to 06 on 120 synthetic records with a tiny network: every artifact is there and they agree."""
+def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
+    """00 to 06 on 120 synthetic records with a tiny network: every artifact is there and they agree. (The README's demo
+    starts each stage as a process of its own.)"""
     flags = ["--data", tmp_path / "data", "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu",
              "--threads", 1]
-    python("00_download.py", *flags, "--synthetic", 120)
-    last = {s: python(s, *flags, *more).strip().splitlines()[-1] for s, more in (
-        ("01_preprocess.py", []),
-        ("02_train_joint.py", ["--width", 8, "--batch", 32, "--epochs", 1, "--blackbox-epochs", 2]),
-        ("03_project.py", []), ("04_fusion.py", []), ("05_evaluate.py", []))}
+    small, last = ["--width", 8, "--batch", 32, "--epochs", 1, "--blackbox-epochs", 2], []
+    for name, *more in (["00_download", "--synthetic", 120], ["01_preprocess"], ["02_train_joint", *small],
+                        ["03_project"], ["04_fusion"]):
+        run_stage(monkeypatch, name, *flags, *more)
+        last.append(capsys.readouterr().out.splitlines()[-1])
+    last.append(python("05_evaluate.py", *flags).splitlines()[-1])
     run, prep = tmp_path / "run", common.load_prep(tmp_path / "prep")
-    assert "120 records" in last["01_preprocess.py"] and all(str(tmp_path) in line for line in last.values())
+    assert "120 records" in last[1] and all(str(tmp_path) in line for line in last)
     ids, count = set(prep.ecg_ids[prep.train].tolist()), 0
     for model in common.BRANCHES:
         found = json.loads((run / model / "prototypes.json").read_text())
@@ -90,7 +92,7 @@ def test_from_records_to_pictures(tmp_path, monkeypatch):
     before = (run / "results.md").read_bytes()
     run_stage(monkeypatch, "05_evaluate", *flags)
     assert (run / "results.md").read_bytes() == before
-    python("06_plot_prototypes.py", *flags, "--model", "global")
+    run_stage(monkeypatch, "06_plot_prototypes", *flags, "--model", "global")
     assert len(list((run / "figures" / "global").glob("*.png"))) == len(
         json.loads((run / "global" / "prototypes.json").read_text())["prototypes"])
     run_stage(monkeypatch, "01_preprocess", *flags, "--records", 118)
