@@ -416,7 +416,8 @@ def round_before(args, name):
 
 def sources(name, args, cfg):
     """{input: fingerprint} of what a model's training starts from besides PREP: the black box, or the round before."""
-    path = args.run / cfg.start / "joint.pt" if cfg.start.startswith("blackbox") else None
+    box = common.start_of(name, cfg)
+    path = args.run / box / "joint.pt" if box.startswith("blackbox") else None
     if args.round > 1:
         path = round_before(args, name)
     if MODELS[name][0] == "blackbox" or path is None or not path.is_file():
@@ -470,8 +471,8 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     largest variance. Prototypes start as real training windows: of each record of a class the window that points most
     in the class's direction, of these the ones nearest to k-means centres.
     """
-    kind, path = MODELS[name][0], args.run / cfg.start / "joint.pt"
-    maker = common.command("02_train_joint.py", cfg.start)
+    kind, box = MODELS[name][0], common.start_of(name, cfg)
+    path, maker = args.run / box / "joint.pt", common.command("02_train_joint.py", box)
     box, before = common.load_model(path, maker, args.device)
     common.same_input(before, "prep", prep.path, path, maker, args.force)
     for k in ("width", "pool", "scale_input", "seed"):
@@ -700,16 +701,17 @@ def main():
     names = args.model or (["rhythm"] if args.small else common.BRANCHES)
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")
-    prototypes = any(MODELS[n][0] != "blackbox" for n in names)
-    needs_start = cfg.start.startswith("blackbox") and prototypes and args.round == 1
+    boxes = {common.start_of(n, cfg): n for n in names if MODELS[n][0] != "blackbox" and args.round == 1}
+    boxes = [box for box in boxes if box.startswith("blackbox")]  # what the prototype models start from
     if args.tune:
-        if needs_start:
-            common.load_pt(args.run / cfg.start / "joint.pt", common.command("02_train_joint.py", cfg.start))
+        for box in boxes:
+            common.load_pt(args.run / box / "joint.pt", common.command("02_train_joint.py", box))
         return tune(names[0], args, cfg, prep)
-    if needs_start and cfg.start not in names and not (args.run / cfg.start / "joint.pt").is_file():
-        print(f"{args.run} has no {cfg.start} yet, the start of the prototype models: training it first", flush=True)
-        names = [cfg.start, *names]
-    best = {name: train(name, args, cfg, prep) for name in sorted(names, key=lambda n: n != cfg.start)}
+    missing = [box for box in boxes if box not in names and not (args.run / box / "joint.pt").is_file()]
+    if missing:
+        print(f"{args.run} has no {' and no '.join(missing)} yet, from which prototype models start: first comes that",
+              flush=True)
+    best = {name: train(name, args, cfg, prep) for name in sorted([*missing, *names], key=lambda n: n not in boxes)}
     if args.device.type == "cuda":
         print(f"GPU memory {torch.cuda.max_memory_allocated(args.device) / 2**30:.2f} GiB at most")
     print(f"{args.run}: {', '.join(f'{n} {v:.4f}' for n, v in best.items())} (fold-9 macro-AUROC)")

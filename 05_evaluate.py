@@ -85,13 +85,14 @@ MEASURES = {  # metric of interpretability: what it is
     "top class": "Share of records whose highest logit stays with its class: under white noise of 20 dB (aim: 95 % or "
                  "more), 0.5 mV of baseline wander before the filter, and circular shifts.",
     "window": "Share of records in which the first prototype of that class matches the same place, to one latent step."}
-COURSE = [  # size against quality: what, prediction, width, black box's epochs, start (None: of a black box itself)
-    ("rhythm branch, small, rhythm labels alone (`--small`)", "rhythm", 32, 40, "blackbox-rhythm"),
-    ("the same from a black box on 71 labels", "rhythm", 32, 60, "blackbox-1d"),
-    ("rhythm branch, full, rhythm labels alone", "rhythm", 64, 40, "blackbox-rhythm"),
-    ("the same from a black box on 71 labels", "rhythm", 64, 60, "blackbox-1d"),
-    ("ResNet18 black box, small, rhythm labels alone", "blackbox-rhythm", 32, 40, None),
-    ("ResNet18 black box, full, rhythm labels alone", "blackbox-rhythm", 64, 40, None)]
+COURSE = [  # size against quality: what, prediction, width, black box's epochs, rhythm_alone (None: a black box itself)
+    ("rhythm branch, small (`--small`)", "rhythm", 32, 40, True),
+    ("the same, black box trained longer (`--width 32`)", "rhythm", 32, 60, True),
+    ("the same from a black box on 71 labels (`--width 32 --rhythm-alone no`)", "rhythm", 32, 60, False),
+    ("rhythm branch, full (the default recipe)", "rhythm", 64, 60, True),
+    ("the same from a black box on 71 labels (`--rhythm-alone no`)", "rhythm", 64, 60, False),
+    ("ResNet18 black box, small (`--small --model blackbox-rhythm`)", "blackbox-rhythm", 32, 40, None),
+    ("ResNet18 black box, full (`--model blackbox-rhythm`)", "blackbox-rhythm", 64, 60, None)]
 PAIRS = {  # paired differences, first - second, by the question that they answer
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
@@ -196,13 +197,13 @@ def load_run(run, prep, force):
     return models, joint, stale
 
 
-def cost_of(name, run, model, aurocs):
+def cost_of(name, cfg, run, model, aurocs):
     """A row of the table of what interpretability costs: the AUROC of each step, and how much there is to read."""
     parts = [read(run / m / "prototypes.json", common.command("03_project.py", m), "gap", "distinct", "prototypes")
              for m in ([name] if name in MODELS else BRANCHES)]
     count = [len(part["prototypes"]) for part in parts]
     own = np.where(np.isfinite(aurocs[name][0]), 0, np.nan)                                # the model's labels only
-    box = "blackbox-1d" if "blackbox-1d" in aurocs else f"blackbox-{name}"
+    box = next((b for b in (common.start_of(name, cfg), "blackbox-1d") if b in aurocs), f"blackbox-{name}")
     steps = {**{s: name + s for s in STEPS}, "sparse": name, "black box": box}
     return {"name": name, **{s: rounded(np.nanmean(aurocs[n][0] + own)) for s, n in steps.items() if n in aurocs},
             **{k: model[k] for k in ("nonzero", "weights")}, "distinct": sum(part["distinct"] for part in parts),
@@ -405,7 +406,7 @@ def measure(paths, outputs, device, threads):
     """Size, time and memory of one model in float32, in a process of its own; device by name.
 
     paths: joint.pt of a black box, projected.pt of a branch, or those of all branches of a fusion with `outputs`
-    labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (median of 25 and 5
+    labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (fastest of 25 and 5
     repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on a
     GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
     """
@@ -444,7 +445,7 @@ def measure(paths, outputs, device, threads):
                 if cuda:
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - began)
-            out[f"ms {batch}"] = 1000 * float(np.median(seconds[1:])) / batch
+            out[f"ms {batch}"] = 1000 * min(seconds[1:]) / batch
             out[f"peak {batch}"] = (peak() - before) / unit
     return {k: v if k == "parameters" else float(f"{v:.3g}") for k, v in out.items()}
 
@@ -490,8 +491,8 @@ def efficiency(args, models):
 # Text, all of it made from metrics.json
 
 def number(v, sign=""):
-    """.9321 as the paper prints it, +.0012 with sign "+", a dash for None."""
-    return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{round(v, 4) + 0.0:{sign}.4f}")  # + 0.0: no -.0000
+    """.9321 as the paper prints it, +.0012 or -.0000 with sign "+", a dash for None."""
+    return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{v if sign else round(v, 4) + 0.0:{sign}.4f}")
 
 
 def cell(v, sign=""):
@@ -641,10 +642,10 @@ def report(m):
             "## Efficiency",
             table(["model", *EFFICIENCY], [[n, *efficiency_cells(r)] for n, r in m["efficiency"]["models"].items()]),
             f"Measured in float32 on {machine_text(m['efficiency'])}, for one ECG at a time and for 256 at once. Time: "
-            "from millivolts to logits, median after warm-up. Peak memory: while the model is loaded and run, "
+            "from millivolts to logits, the fastest of several, other programs' work being no part of it. Peak memory: while the model is loaded and run, "
             + ("of tensors on the GPU." if m["efficiency"]["device"].startswith("cuda") else
                "the growth of the resident set of a process of its own, beyond Python and its libraries; at batch 256 "
-               "another measurement may differ by a tenth."),
+               "another measurement may differ by half."),
             "## Label groups",
             table(["prediction", *(f"{s} ({len(c)})" for s, c in SETS.items())],
                   [[n, *(cell(v) if v[3] else "–" for v in p["groups"].values())] for n, p in predictions.items()]),
@@ -667,11 +668,12 @@ def report(m):
 def course_table(runs, pooled):
     """Size against quality on the 16 rhythm labels, from saved `runs` of the default recipe with all of fold 10;
     pooled(runs, prediction, contrastive) -> a cell."""
-    rows, free = [], ("seed", "width", "start", "blackbox_epochs")
-    for what, name, width, epochs, start in COURSE:
-        some = [r for r in runs if r["recipe"] == "default" and r["counts"]["test"] == 2198 and name in r["predictions"]
+    rows, free = [], ("seed", "width", "rhythm_alone", "blackbox_epochs")
+    for what, name, width, epochs, alone in COURSE:
+        some = [r for r in runs if r["recipe"] == "default" and r["contrastive"] and r["counts"]["test"] == 2198
+                and name in r["predictions"]
                 and (r["width"], r["config"]["blackbox_epochs"]) == (width, epochs)
-                and start in (None, r["config"]["start"]) and not changed(r, free)]
+                and alone in (None, r["config"].get("rhythm_alone", False)) and not changed(r, free)]
         measured = [r["efficiency"] for r in some if name in r.get("efficiency", {}).get("models", {})][:1]
         rows.append([what, pooled(some, name, True)] + (
             [*efficiency_cells(measured[0]["models"][name]), machine_text(measured[0])] if measured else ["–"] * 5))
@@ -705,20 +707,24 @@ def readme():
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
     same = {}  # runs that differ in nothing but seed and contrastive loss, by what they have in common
     for run in runs:
-        if run["config"]["start"] == "blackbox-rhythm" and run["predictions"].keys() <= {"rhythm", "blackbox-rhythm"}:
+        if run["config"]["blackbox_epochs"] == common.SMALL["blackbox_epochs"]:
             continue  # the course's
         what = f"{run['recipe']} recipe, width {run['width']}, {run['counts']['test']:,} test records"
         same.setdefault((what, ", ".join(changed(run))), []).append(run)
 
+    def first_seed(some):
+        return min(r["seed"] for r in some)
+
     def pooled(some, name, contrastive, key="auroc"):
-        """Value [interval] of one seed, or mean ± standard deviation over several [interval of the first]."""
-        found = {r["seed"]: r["predictions"][name][key] for r in sorted(some, key=lambda r: r["seed"])
-                 if name in r["predictions"] and contrastive in (None, r["contrastive"])}
-        values = [v[0] if key == "auroc" else v for v in found.values()]
-        if len(values) < 2:
-            return "not run" if not values else cell(*found.values()) if key == "auroc" else number(values[0])
-        interval = cell(next(iter(found.values()))[:3]).partition(" ")[2] if key == "auroc" else ""
-        return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({len(values)} seeds) {interval}".strip()
+        """Value [interval] of one seed; of several mean ± standard deviation [the mean of both ends]."""
+        found = [r["predictions"][name][key] for r in {r["seed"]: r for r in some if name in r["predictions"] and
+                                                       contrastive in (None, r["contrastive"])}.values()]
+        values = np.array([v[:3] if key == "auroc" else [v] for v in found], float)
+        if len(found) < 2:
+            alone = f" (seed {first_seed(some)})" if found and len({r["seed"] for r in some}) > 1 else ""
+            return "not run" if not found else (cell(found[0]) if key == "auroc" else number(found[0])) + alone
+        interval = f" [{number(values[:, 1].mean())}, {number(values[:, 2].mean())}]" if key == "auroc" else ""
+        return f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))} ({len(found)} seeds){interval}"
 
     tables, ablations = [], []
     order = sorted(same, key=lambda key: (same[key][0]["recipe"], -same[key][0]["width"], key))
@@ -734,6 +740,8 @@ def readme():
         first = min(some, key=lambda r: (not r["contrastive"], r["seed"]))
         times = ", ".join(f"{n} {t['seconds'] / 60:.0f}" for n, t in first["trained"].items() if t.get("seconds"))
         tables += [f"**{what}**", paper_table(lambda *a: pooled(some, *a)),
+                   f"By the authors' measure, the mean over batches of {BATCH}:",
+                   paper_table(lambda *a: pooled(some, *a, key="per batch")),
                    f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
                    cost_table(first),
                    f"Minutes of Stage 1 on {first['hardware']}: {times or 'not known'}.",
@@ -760,7 +768,8 @@ def readme():
 
 
 def read_ratings(path):
-    """(reviewer, {prototype: its rating}) of a file that 06's review page exported; exits if it is none."""
+    """(reviewer, {prototype: its rating}, the prototypes' fingerprints) of a file that 06's review page exported; exits
+    if it is none."""
     value, scale = common.load_json(path, "06_plot_prototypes.py --review"), (1, 2, 3, 4, 5, None)
     try:
         if value["kind"] != "protoecgnet-ratings" or value["format"] != 1 or not str(value["reviewer"]).strip():
@@ -768,7 +777,7 @@ def read_ratings(path):
         for r in value["ratings"].values():
             if not {r["representativeness"], r["clarity"]} <= set(scale) or not isinstance(r["mark"], str | None):
                 raise ValueError
-        return str(value["reviewer"]), value["ratings"]
+        return str(value["reviewer"]), value["ratings"], str(value["made"])
     except (AttributeError, KeyError, TypeError, ValueError):
         sys.exit(f"{path} does not hold ratings exported from the review page (06_plot_prototypes.py --review)")
 
@@ -776,7 +785,10 @@ def read_ratings(path):
 def ratings_table(files):
     """Table 3 (paper 4.4): mean and 95 % interval (normal) per reviewer and criterion, without prototypes that any
     reviewer marked as a label error, and quadratically weighted kappa between each two reviewers."""
-    reviewers = dict(read_ratings(f) for f in files)
+    found = [read_ratings(f) for f in files]
+    if len({made for _, _, made in found}) > 1:
+        sys.exit("the files rate the prototypes of different models: give ratings of one review page")
+    reviewers = {reviewer: ratings for reviewer, ratings, _ in found}
     if len(reviewers) < len(files):
         sys.exit("two of the files are of the same reviewer: export each under a name of its own")
     wrong = {j for each in reviewers.values() for j, r in each.items() if r["mark"] == "label-error"}
@@ -953,7 +965,7 @@ def reproduce_text(args, m, info):
         if k not in ("recipe", "seed", "rounds") and getattr(cfg, k) != getattr(base, k):
             value = " ".join(map(str, v)) if isinstance(v, list) else ["no", "yes"][v] if isinstance(v, bool) else v
             flags += f" --{k.replace('_', '-')} {value}"
-    names = [n for n in m["trained"] if n != cfg.start]
+    names = [n for n in m["trained"] if n not in [common.start_of(other, cfg) for other in m["trained"]]]
     models = ""
     if sorted(names) != sorted(["rhythm"] if args.small else BRANCHES):
         models = f" --model {' '.join(names or m['trained'])}"
@@ -1170,7 +1182,7 @@ def main():
         "predictions": predictions, "differences": {q: rows for q, rows in differences.items() if rows},
         "against": against, "interpretability": read_out,
         "efficiency": efficiency(args, {n: models[n] for n in own}),
-        "cost": [cost_of(n, args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
+        "cost": [cost_of(n, common.config_of({"config": setting}), args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
         # which prediction stands for a group of labels in figures and the table of classes: the first that has it
         "shown": {g: n for n in reversed(final) for g in BRANCHES if set(GROUPS[g]) & set(models[n]["classes"])},
         "per_class": per_class}

@@ -649,7 +649,7 @@ $("clear").onclick = () => {
 $("export").onclick = () => {
   const reviewer = state.reviewer.trim();
   if (!reviewer) { say("Enter your name as reviewer first."); return $("reviewer").focus() }
-  const out = {format: 1, kind: "protoecgnet-ratings", reviewer, run, ratings: state.ratings};
+  const out = {format: 1, kind: "protoecgnet-ratings", reviewer, run, made, ratings: state.ratings};
   const link = make("a", document.body, {download: `ratings_${reviewer.replace(/[^\w-]+/g, "_")}.json`});
   link.href = URL.createObjectURL(new Blob([JSON.stringify(out, null, 1)], {type: "application/json"}));
   link.click(); link.remove(); say(`Exported the ratings of ${Object.keys(state.ratings).length} prototypes.`);

@@ -78,6 +78,7 @@ class Config:
     dropout: float = 0.2             # before the last residual stage (paper: tuned; place: authors' code)
     scale_input: bool = True         # StandardScaler per lead, fitted on folds 1-8 (paper silent)
     start: str = "blackbox-1d"       # backbone starts: random, imagenet (not the 1D models), or a black box of this run
+    rhythm_alone: bool = True        # of a start from blackbox-1d: the rhythm branch's is blackbox-rhythm instead
     pool: str = "meanmax"            # over time, 1D branch and black boxes: mean (paper) or mean and maximum
     add_on: str = "whitened"         # whitened: one linear layer fitted to the start; sigmoid: two layers + sigmoid
     prototypes: str = "data"         # start of p: data (real training windows; needs a black-box start) or random
@@ -124,8 +125,7 @@ PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet"
                blackbox_ema=0.0, blackbox_epochs=200, blackbox_lr=1e-4, project_every=0, rounds=2, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
 DEMO = dict(width=16, epochs=6, blackbox_epochs=40, batch=32)  # what --demo changes
-# What --small changes: under a million parameters, and a start that has seen the 16 rhythm labels alone
-SMALL = dict(width=32, start="blackbox-rhythm", blackbox_epochs=40)
+SMALL = dict(width=32, blackbox_epochs=40)                        # what --small changes: under a million parameters
 
 
 def recipe(args):
@@ -134,6 +134,11 @@ def recipe(args):
     if changes and args.recipe == "paper":  # whose ImageNet weights fit width 64 only
         changes["start"] = "random"
     return replace(RECIPES[args.recipe], seed=args.seed, **changes)
+
+
+def start_of(name, cfg):
+    """What the backbone of model `name` starts from: random, imagenet or a black box of the run."""
+    return "blackbox-rhythm" if (name, cfg.start) == ("rhythm", "blackbox-1d") and cfg.rhythm_alone else cfg.start
 
 
 def without_contrastive(cfg):

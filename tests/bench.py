@@ -8,9 +8,10 @@ the recipe, after which it projects the prototypes and solves the head.
     python tests/bench.py --readme                              only write the README's table from tests/results/bench/
 
 Seconds are wall-clock of the whole process (import of torch included), for an epoch those that 02 prints for the last
-of --epochs epochs (validation included). FLOP are counted by torch for forward and backward pass of the network and its
-loss; the peak is the best of five square matrix products in the type that training uses. Memory is the largest resident
-set of a process, on a GPU what torch had allocated at most. Let nothing else run meanwhile.
+of --epochs epochs (fold 9 included, whose FLOP are not counted). FLOP are counted by torch for forward and backward pass
+of the network; the peak is the best of five square matrix products in the type that training uses. Memory is the
+largest resident set of a process, on a GPU what torch had allocated at most. Without --whole, 03 to 06 work on models
+that were trained for --epochs epochs only. Let nothing else run meanwhile.
 """
 import argparse
 import importlib
@@ -65,7 +66,7 @@ def matrix_peak(device, dtype):
 
 
 def step_flop(model, width):
-    """FLOP of one training step per record: forward and backward pass of `model` and its loss, counted by torch."""
+    """FLOP of one training step per record: forward and backward pass of `model`, counted by torch."""
     cfg = common.Config(width=width)
     kind, group = common.MODELS[model]
     classes, n = common.GROUPS[group], 8
@@ -118,7 +119,7 @@ def measure(args):
         add(f"02, an epoch of {model}, batch {batch}", *epoch(model, batch, *plain), n_train,
             step_flop(model, args.width))
         if model != "blackbox-1d":
-            add("02, the same with projection and head", *epoch(model, batch), n_train)
+            add(f"02, a whole epoch of {model} (with projection and head)", *epoch(model, batch), n_train)
     whole, whole_memory = 0, 0
     flags = ["--run", work / "run"]
     short = ["--width", args.width, *(["--blackbox-epochs", args.epochs, "--epochs", 1] if not args.whole else [])]

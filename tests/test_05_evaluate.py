@@ -566,7 +566,7 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     run_stage(monkeypatch, "05_evaluate", "--readme")
     assert ev.cell(json.loads(saved.read_text())["predictions"]["rhythm"]["auroc"]) in page.read_text()
     for seed, how in ((43, {}), (44, {}), (42, {"contrastive": False}), (42, {"width": 32}),
-                      (42, {"width": 32, "start": "blackbox-rhythm"})):
+                      (42, {"width": 32, "blackbox_epochs": 40})):
         other = fake_run(tmp_path / f"r{seed}{len(how)}{how.get('width', '')}", prep, ["rhythm"], seed=seed, **how)
         metrics = evaluate(monkeypatch, other, prep, "--save", other.name)
         values += [metrics["predictions"]["rhythm"]["auroc"][0]]
@@ -577,7 +577,7 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     assert once.startswith("# Größe\n\nbefore\n\n<!-- results:begin -->")
     assert re.search(r"<!-- results:end -->\n\nafter\n<!-- course:begin -->\n\n\| model .*\|\n\n<!-- course:end -->\n\n"
                      r"end\Z", once, re.DOTALL)
-    assert "start blackbox-rhythm" not in once  # on rhythm labels alone: in the course's table, if on all of fold 10
+    assert "blackbox_epochs" not in once  # of --small: in the course's table, if on all of fold 10
     assert "stale" not in once and "Ablations" not in once
     assert f"{ev.number(np.mean(values[:3]))} ± {ev.number(np.std(values[:3], ddof=1))} (3 seeds)" in once
     wide, narrow = once.split("**Interpretability**")[0].split("**default recipe, width ")[1:]
@@ -615,17 +615,17 @@ def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
         return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
 
     empty = rows()
-    assert len(empty) == 7 and all(r[1:] == ["", *["–"] * 5] for r in empty[:-1]) and empty[-1][1] == ".8758"
-    alone = {"start": "blackbox-rhythm", "blackbox_epochs": 40}
-    got = rows(saved(width=32, value=1, **alone), saved(width=32, value=2, seed=43, **alone), saved(value=4, **alone),
-               saved(width=32, value=3, efficient=False), saved(value=5),
-               saved("blackbox-rhythm", 6, width=32, **alone), saved("blackbox-rhythm", 7, **alone),
+    assert len(empty) == 8 and all(r[1:] == ["", *["–"] * 5] for r in empty[:-1]) and empty[-1][1] == ".8758"
+    short, all_71 = {"blackbox_epochs": 40}, {"rhythm_alone": False}
+    got = rows(saved(width=32, value=1, **short), saved(width=32, value=2, seed=43, **short), saved(value=4),
+               saved(width=32, value=3, efficient=False, **all_71), saved(value=5, **all_71), saved(width=32, value=15),
+               saved("blackbox-rhythm", 6, width=32, **short), saved("blackbox-rhythm", 7),
                saved("blackbox-rhythm", 13, width=32), saved(width=32, value=14, start="blackbox-rhythm"),
                saved(value=8, test=386), saved(value=9, lr=1e-3),
                saved(value=10, recipe="paper"), saved("fusion", 11), saved(value=12, class_weights=True))
-    assert [r[1] for r in got] == ["1 and 2", "3", "4", "5", "6", "7", ".8758"]
+    assert [r[1] for r in got] == ["1 and 2", "15", "3", "4", "5", "6", "7", ".8758"]
     assert got[0][2:] == ["1,000,000", "4.01", "2.5 / 0.5", "9.1 / 120", "an abacus, 2 CPU threads"]
-    assert got[1][2:] == ["–"] * 5
+    assert got[2][2:] == ["–"] * 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -745,7 +745,7 @@ def real(tmp_path_factory):
     flags = ["--small", "--prep", base / "prep", "--run", run, "--device", "cpu", "--threads", 1]
     with pytest.MonkeyPatch.context() as patch:
         for model in ("rhythm", "blackbox-rhythm"):
-            write_joint(run, prep, model, start="blackbox-rhythm", class_weights=True)
+            write_joint(run, prep, model, class_weights=True)
         for name, *more in (["03_project"], ["04_fusion"],
                             ["06_plot_prototypes", "--case", prep.ecg_ids[prep.test][0], "--top", 1]):
             run_stage(patch, name, *flags, *more)
@@ -945,11 +945,11 @@ def test_the_report_in_a_browser(browser, monkeypatch, real):
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
 
 
-def ratings_file(path, reviewer, ratings):
+def ratings_file(path, reviewer, ratings, made="m"):
     each = {j: {"class": "SR", "representativeness": a, "clarity": b, "mark": mark, "comment": ""}
             for j, (a, b, mark) in ratings.items()}
     path.write_text(json.dumps({"format": 1, "kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
-                                "ratings": each}))
+                                "made": [made], "ratings": each}))
     return path
 
 
@@ -965,6 +965,12 @@ def test_ratings_give_table_3_without_label_errors(tmp_path, capsys):
     assert "3.50 [2.52, 4.48] of 2" in out and "1 prototypes left out" in out
     kappa = cohen_kappa_score([5, 3], [4, 3], labels=[1, 2, 3, 4, 5], weights="quadratic")
     assert f"{kappa:.2f} of 2" in out
+
+
+def test_ratings_of_different_prototypes_are_not_compared(tmp_path):
+    files = [ratings_file(tmp_path / f"{who}.json", who, {"rhythm/0": (5, 4, None)}, who) for who in ("Ada", "Ben")]
+    with pytest.raises(SystemExit, match="different models"):
+        ev.ratings_table(files)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "{", '{"kind": "protoecgnet-ratings", "format": 1, "reviewer": "x", '

@@ -1046,7 +1046,7 @@ def test_small_is_the_same_flag_everywhere():
     args, cfg = of("--small")
     assert (str(args.prep), str(args.run), args.model) == ("runs/prep", "runs/small", None)
     assert common.rerun("03_project.py") == "run `python 03_project.py --small`"
-    assert cfg == common.replace(common.Config(), **common.SMALL) and cfg.start == "blackbox-rhythm"
+    assert cfg == common.replace(common.Config(), **common.SMALL)
     branch = common.ProtoECGNet("1d", GROUPS["rhythm"], [cfg.per_class[0]] * 16, cfg, latent_dim=16)
     box = common.BlackBox(GROUPS["rhythm"], cfg)
     assert all(sum(w.numel() for w in net.parameters()) <= 1e6 for net in (branch, box))
@@ -1055,12 +1055,22 @@ def test_small_is_the_same_flag_everywhere():
     args, cfg = of("--small", "--recipe", "paper")
     assert (str(args.run), cfg.width, cfg.start, cfg.add_on) == ("runs/small-paper", 32, "random", "sigmoid")
     args, cfg = of("--small", "--demo")
-    assert (str(args.run), cfg.width, cfg.start) == ("runs/demo-small", 16, "blackbox-rhythm")
+    assert (str(args.run), cfg.width, common.start_of("rhythm", cfg)) == ("runs/demo-small", 16, "blackbox-rhythm")
     assert common.rerun("03_project.py") == "run `python 03_project.py --demo --small`"
     of("--demo", "--run", "runs/mine", "--data", "d")
     assert common.rerun("01_preprocess.py") == "run `python 01_preprocess.py --demo --data d --run runs/mine`"
     assert common.rerun("03_project.py") == "run `python 03_project.py --demo --run runs/mine`"
     assert of()[1] == common.Config() and of("--demo")[1].start == "blackbox-1d"
+
+
+def test_what_models_start_from():
+    """The rhythm branch from a black box on its own labels, all others from one on 71; a start that is asked for."""
+    cfg = common.Config()
+    assert {m: common.start_of(m, cfg) for m in ("rhythm", "morphology", "global", "all-1d")} == {
+        "rhythm": "blackbox-rhythm", "morphology": "blackbox-1d", "global": "blackbox-1d", "all-1d": "blackbox-1d"}
+    assert common.start_of("rhythm", common.replace(cfg, rhythm_alone=False)) == "blackbox-1d"
+    for start in ("random", "imagenet", "blackbox-2d"):
+        assert common.start_of("rhythm", common.replace(cfg, start=start)) == start
 
 
 @pytest.mark.parametrize("argv", [["--model", "3d"], ["--recipe", "other"], ["--threads", "0"], ["--seed", "x"],
