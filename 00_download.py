@@ -65,7 +65,7 @@ def read_sums(folder):
     PhysioNet's own list also has the 500 Hz records and others, which are left out.
     """
     path, files = folder / SUMS, {}
-    command = f"run `python 00_download.py --data {folder}`"
+    command = common.rerun("00_download.py")
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
             match = LINE.fullmatch(line.rstrip())

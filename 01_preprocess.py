@@ -18,6 +18,7 @@ Last line: `runs/prep: 21,799 records, 71 labels (train 17,418, validation 2,183
 """
 import ast
 import csv
+import itertools
 import re
 import sys
 from collections import deque
@@ -41,12 +42,14 @@ def read_table(path, needed):
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f, strict=True))
     except FileNotFoundError:
-        sys.exit(f"{path} is missing: run `python 00_download.py` first, or name the folder of the records with --data")
+        sys.exit(f"{path} is missing: {common.rerun('00_download.py')} first, or name the folder of the records with "
+                 "--data")
     except (UnicodeDecodeError, csv.Error, OSError) as e:
-        sys.exit(f"{path} is not a readable csv file ({e}): fetch it again with `python 00_download.py`")
+        sys.exit(f"{path} is not a readable csv file ({e}): fetch it again, {common.rerun('00_download.py')}")
     missing = [c for c in needed if not rows or c not in rows[0]]
     if missing:
-        sys.exit(f"{path} has no rows or no column {missing[0]!r}: fetch it again with `python 00_download.py`")
+        sys.exit(f"{path} has no rows or no column {missing[0]!r}: fetch it again, "
+                 f"{common.rerun('00_download.py')}")
     return rows
 
 
@@ -108,7 +111,7 @@ def read_record(name):
         return None, f"leads are {' '.join(leads)[:60] or 'none'}, not {' '.join(LEADS)}"
     if r.fs != RATE:
         return None, f"sampling rate is {r.fs} Hz, not {RATE} Hz"
-    if set(r.file_name) != {name.rpartition("/")[2] + ".dat"}:
+    if set(r.file_name or ()) != {name.rpartition("/")[2] + ".dat"}:
         return None, "the header names another signal file"
     if r.d_signal is None or r.d_signal.shape != (SAMPLES, len(LEADS)):
         return None, f"it has {0 if r.d_signal is None else len(r.d_signal)} samples, not {SAMPLES}"
@@ -177,19 +180,21 @@ def main():
                     scaler.partial_fit(x[train].transpose(0, 2, 1).reshape(-1, len(LEADS)))  # [records * 1000, 12]
                 chunk.clear()
 
-        parts = deque(pool.submit(read_records, [r["name"] for r in records[i:i + 64]]) for i in range(0, N, 64))
+        names = ([r["name"] for r in records[i:i + 64]] for i in range(0, N, 64))
+        parts = deque(pool.submit(read_records, part) for part in itertools.islice(names, 16))  # what waits fits memory
         for i, record in enumerate(records):
             if i % 64 == 0:
                 try:
                     part = parts.popleft().result(timeout=PATIENCE)
+                    parts += (pool.submit(read_records, more) for more in itertools.islice(names, 1))
                 except TimeoutError:
-                    sys.exit(f"{record['name']}: nothing came back in {PATIENCE} s (a stuck disk?): run the same "
-                             "command again")
+                    sys.exit(f"{record['name']}: nothing came back in {PATIENCE} s (a stuck disk, or a process "
+                             "was killed): run the same command again")
             digital, reason = part[i % 64]
             bar.update()
             if digital is None:
                 if not args.skip_bad:
-                    sys.exit(f"{record['name']}: {reason}; fetch it again with `python 00_download.py`, "
+                    sys.exit(f"{record['name']}: {reason}; fetch it again ({common.rerun('00_download.py')}), "
                              "leave it out with --skip-bad, or use fewer records with --records N")
                 skipped.append({"ecg_id": record["ecg_id"], "reason": reason})
                 continue
@@ -205,7 +210,7 @@ def main():
         f.seek(0)  # the header again, with the number of readable records; numpy gives it the same length
         np.lib.format.write_array_header_1_0(f, {**header, "shape": (len(kept), len(LEADS), SAMPLES)})
         if not kept:
-            sys.exit(f"{args.data} has no readable record: check the folder with `python 00_download.py --check`")
+            sys.exit(f"{args.data} has no readable record: check the folder, {common.rerun('00_download.py --check')}")
         part_sizes(np.array([r["fold"] for r in kept]))
         f.flush()
         sha256 = {"signals": common.file_hash(temporary)}

@@ -1,10 +1,11 @@
 """Stage 02, joint training (paper 3.5, Stage 1): backbone, add-on and prototypes of each branch under Eq. (2).
 
 Keeps the epoch with the best macro-AUROC on fold 9 and stops early when it no longer improves. The default recipe
-starts each branch from a black box on all 71 labels (trained here first if the run has none) and its prototypes from
-real training windows; `--recipe paper` starts as the authors do. Fold 10 is never touched.
+starts each branch from a black box (the rhythm branch's on its own labels, the others' on all 71; trained here first if
+the run has none) and its prototypes from real training windows; `--recipe paper` starts as the authors do. Fold 10 is
+never touched.
 
-reads   PREP/*.npy, preprocess.json; what a model starts from: RUN/blackbox-1d/joint.pt, ImageNet weights, or for
+reads   PREP/*.npy, preprocess.json; what a model starts from: a black box's joint.pt, ImageNet weights, or for
         --round 2 RUN/MODEL/projected.pt
 writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log.jsonl with a line per epoch,
         last.pt to resume from; with --tune only RUN/MODEL/tuned.json
@@ -154,6 +155,8 @@ def validate(model, x, y, autocast):
             logits[i:i + 256] = model(x[i:i + 256].to(y.device))[0].float()
     if WORLD > 1:
         dist.all_reduce(logits)
+    if not logits.isfinite().all():
+        raise Diverged("a logit on fold 9 is not a number any more: train again with a lower learning rate")
     return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy()), logits
 
 
@@ -228,7 +231,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     suffix = "" if args.round == 1 else f"_r{args.round}"
     out, last = folder / f"joint{suffix}.pt", folder / f"last{suffix}.pt"
     if out.is_file():
-        done = common.load_pt(out, "02_train_joint.py --force")["meta"] if not args.force else None
+        done = common.load_model(out, "02_train_joint.py --force")[1] if not args.force else None
         if done and common.config_of(done) != cfg:
             sys.exit(f"{out} is of another setting: name another folder with --run, or replace it with --force")
         if args.resume and done and done["inputs"] == {"prep": common.file_hash(prep.path), **sources(name, args, cfg)}:
@@ -434,6 +437,8 @@ def start(name, args, cfg, prep, meta):
     if kind != "blackbox" and args.round > 1:  # Stages 1 and 2 repeated (Appendix E), from the projected prototypes
         path = round_before(args, name)
         model, past = common.load_model(path, common.command("03_project.py", name))
+        if past["classes"] != meta["classes"]:
+            sys.exit(f"{path} has other labels than the arrays in {args.prep}: train round 1 again")
         common.same_input(past, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
         old = common.config_of(past)
         for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k", "per_class"):
@@ -475,9 +480,10 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     path, maker = args.run / box / "joint.pt", common.command("02_train_joint.py", box)
     box, before = common.load_model(path, maker, args.device)
     common.same_input(before, "prep", prep.path, path, maker, args.force)
-    for k in ("width", "pool", "scale_input", "seed"):
+    for k in ("width", "pool", "scale_input", "seed", "blackbox_epochs", "blackbox_lr", "blackbox_ema"):
         if before["config"][k] != getattr(cfg, k):
-            sys.exit(f"{path} has another {k} ({before['config'][k]}): {common.rerun(maker)} or in another --run")
+            sys.exit(f"{path} has another {k} ({before['config'][k]}, not {getattr(cfg, k)}): give "
+                     f"--{k.replace('_', '-')} {before['config'][k]}, or name another folder with --run")
     meta.update(latent_dim=len(box.classes), warnings=before.get("warnings", []))
     model = common.build(meta, scaler).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
@@ -698,7 +704,7 @@ def main():
         p.error("--dropout and --blackbox-ema must be below 1")
     if not cfg.start.startswith("blackbox"):  # has no latents yet to take real windows from
         cfg = dataclasses.replace(cfg, prototypes="random")
-    names = args.model or (["rhythm"] if args.small else common.BRANCHES)
+    names = dict.fromkeys(args.model or (["rhythm"] if args.small else common.BRANCHES))
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")
     boxes = {common.start_of(n, cfg): n for n in names if MODELS[n][0] != "blackbox" and args.round == 1}
@@ -706,7 +712,7 @@ def main():
     if args.tune:
         for box in boxes:
             common.load_pt(args.run / box / "joint.pt", common.command("02_train_joint.py", box))
-        return tune(names[0], args, cfg, prep)
+        return tune(*names, args, cfg, prep)
     missing = [box for box in boxes if box not in names and not (args.run / box / "joint.pt").is_file()]
     if missing:
         print(f"{args.run} has no {' and no '.join(missing)} yet, from which prototype models start: first comes that",

@@ -50,8 +50,8 @@ def fit(X, Y, off, strength, W, b, l2=L2, tolerance=TOLERANCE, rounds=200):
         W_c, off_c = W[todo], off[todo]
         error = expit(X @ W_c.T + b[todo]) - Y[:, todo]                                     # [N, classes to do]
         G = error.T @ X / len(X) + l2 * W_c                                                 # [., P] smooth gradient
-        inside = np.maximum(np.abs(G) - strength, 0)                                        # for weights at zero
-        violation = np.where(off_c & (W_c == 0), inside, np.abs(G + penalty_slope(W_c, off_c, strength)))
+        l1 = np.where(off_c, min(strength, 1e9), 0.0)                                       # [., P]
+        violation = np.where(W_c != 0, np.abs(G + l1 * np.sign(W_c)), np.maximum(np.abs(G) - l1, 0))
         largest[todo] = np.maximum(violation.max(1), np.abs(error.mean(0)))                 # weights and bias
         unsolved = largest[todo] > tolerance
         todo, violation = todo[unsolved], violation[unsolved]
@@ -64,11 +64,6 @@ def fit(X, Y, off, strength, W, b, l2=L2, tolerance=TOLERANCE, rounds=200):
             l1 = np.where(off[c, work], strength, 0.0)
             W[c, work], b[c] = newton(X_1[:, [*work, -1]], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
     return W, b, float(largest.max())
-
-
-def penalty_slope(W, off, strength):
-    """Derivative of strength * |W| over `off` where W is not 0 (0 elsewhere, also if the strength is inf)."""
-    return np.where(off & (W != 0), np.sign(W), 0.0) * (strength if np.isfinite(strength) else 0.0)
 
 
 def newton(X, y, l1, w, b, l2, tolerance):
@@ -217,12 +212,15 @@ def main():
             path_rows, strength = [{"violation": violation}], None
         else:
             W, b, path_rows, strength = fit_path(X, Y, off, X_val, y_val, name)
-        nonzero = int((W != 0).sum())
+        nonzero, forced = int((W != 0).sum()), [*meta.get("warnings", [])]
+        if (worst := max(row["violation"] for row in path_rows)) > TOLERANCE:
+            forced.append(f"{name}: Eq. (10) is not solved, its optimality conditions are violated by {worst:.0e}")
+            print(f"WARNING: {forced[-1]}", file=sys.stderr)
         fitted = {"strength": strength, "l2": L2, "path": path_rows, "nonzero": nonzero, "weights": W.size}
-        save_predictions(name, about, classes, X_later @ W.T + b, inputs, meta.get("warnings", []),
+        save_predictions(name, about, classes, X_later @ W.T + b, inputs, forced,
                          seconds=round(time.time() - began, 1), **fitted)
         if path:  # after its logits, whose thresholds 06 takes: it is this file that 06 compares with the prototypes
-            meta = {**meta, **fitted, "classes": classes}
+            meta = {**meta, **fitted, "classes": classes, "warnings": forced}
             common.save_json(path.with_suffix(".json"), meta)
             common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
                                   dict(W=W, b=b, mean=mean, std=std).items()}})
@@ -294,7 +292,8 @@ def main():
         p_code, codes = sum((cached[b][3] for b in BRANCHES), []), sum((cached[b][4] for b in BRANCHES), [])
         classes = [c for c in CODES if c in codes]
         inputs = {k: v for b in BRANCHES for k, v in cached[b][5].items()}
-        made = {**cached["rhythm"][6], "model": "fusion", "inputs": inputs,
+        made = {**cached["rhythm"][6], "config": {b: cached[b][6]["config"] for b in BRANCHES}, "model": "fusion",
+                "inputs": inputs,
                 "warnings": sum((cached[b][6]["warnings"] for b in BRANCHES), []),
                 "branches": [[b, cached[b][0].shape[1]] for b in BRANCHES]}
         classify("fusion", "fusion classifier, Eq. (10)", scores, rows, p_code, classes, inputs, made,

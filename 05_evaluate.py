@@ -190,7 +190,8 @@ def load_run(run, prep, force):
             sys.exit(f"{path} lacks a number for some record of folds 9 and 10 or some label of the model: {again}")
         model["fold 9"], model["fold 10"] = logits[~on_test], logits[on_test]
     first, *rest = [n for n in joint if MODELS[n][0] != "blackbox"] or joint
-    stale += [f"{n} has other settings than {first}" for n in rest if joint[n]["config"] != joint[first]["config"]]
+    settings = {n: {**json.loads(json.dumps(asdict(common.Config()))), **j["config"]} for n, j in joint.items()}
+    stale += [f"{n} has other settings than {first}" for n in rest if settings[n] != settings[first]]
     stale += sorted({w for m in models.values() for w in m.get("warnings", [])} - {*stale})  # forced in 02-04
     for warning in stale:
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -406,8 +407,8 @@ def measure(paths, outputs, device, threads):
     """Size, time and memory of one model in float32, in a process of its own; device by name.
 
     paths: joint.pt of a black box, projected.pt of a branch, or those of all branches of a fusion with `outputs`
-    labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (fastest of 25 and 5
-    repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on a
+    labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (fastest of 25 and
+    5 repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on a
     GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
     """
     device = torch.device(device)
@@ -633,16 +634,16 @@ def report(m):
                 "branches would give .8891 and .8970, where .8918 and .9048 are printed.)"]
     out += ["## The cost of interpretability", cost_table(m),
             "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
-            "sparse classifier on the prototypes before and after projection; of the black box (1D on all labels, or "
-            "else the group's own). Gap: mean of 1 - cosine of a prototype and the patch that it became. Distinct: "
-            "different patches within each class.",
+            "sparse classifier on the prototypes before and after projection; of the black box that it starts "
+            "from (or else 1D on all labels, or the group's own). Gap: mean of 1 - cosine of a prototype and the patch "
+            "that it became. Distinct: different patches within each class.",
             "## Interpretability", interpretability_table(
                 {n + suffix: [found] for suffix, some in m["interpretability"].items() for n, found in some.items()}),
             definitions(),
             "## Efficiency",
             table(["model", *EFFICIENCY], [[n, *efficiency_cells(r)] for n, r in m["efficiency"]["models"].items()]),
             f"Measured in float32 on {machine_text(m['efficiency'])}, for one ECG at a time and for 256 at once. Time: "
-            "from millivolts to logits, the fastest of several, other programs' work being no part of it. Peak memory: while the model is loaded and run, "
+            "from millivolts to logits, the fastest of several. Peak memory: while the model is loaded and run, "
             + ("of tensors on the GPU." if m["efficiency"]["device"].startswith("cuda") else
                "the growth of the resident set of a process of its own, beyond Python and its libraries; at batch 256 "
                "another measurement may differ by half."),
@@ -1182,7 +1183,8 @@ def main():
         "predictions": predictions, "differences": {q: rows for q, rows in differences.items() if rows},
         "against": against, "interpretability": read_out,
         "efficiency": efficiency(args, {n: models[n] for n in own}),
-        "cost": [cost_of(n, common.config_of({"config": setting}), args.run, models[n], aurocs) for n in own if "nonzero" in models[n]],
+        "cost": [cost_of(n, common.config_of({"config": setting}), args.run, models[n], aurocs)
+                 for n in own if "nonzero" in models[n]],
         # which prediction stands for a group of labels in figures and the table of classes: the first that has it
         "shown": {g: n for n in reversed(final) for g in BRANCHES if set(GROUPS[g]) & set(models[n]["classes"])},
         "per_class": per_class}

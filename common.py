@@ -18,7 +18,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -535,16 +534,25 @@ def process_pool(args):
     workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
     context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
     pool = ProcessPoolExecutor(workers, context, begin_worker)
+    results = pool._result_queue
     try:
         yield pool
     except BrokenProcessPool:
         sys.exit("a process was killed, perhaps for want of memory: run the same command again, with --threads 1")
     finally:
-        processes, until = multiprocessing.active_children(), time.monotonic() + PATIENCE
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.join(max(0, until - time.monotonic()))
-            process.kill()  # does nothing to one that has ended
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C is not to stop this
+        processes = multiprocessing.active_children()
+
+        def give_up():
+            for process in processes:
+                process.kill()
+            results._writer.close()  # a process killed in the middle of a result leaves a thread here waiting for more
+
+        timer = threading.Timer(PATIENCE, give_up)
+        timer.start()
+        pool.shutdown(cancel_futures=True)
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 PATIENCE = 5

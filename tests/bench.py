@@ -8,8 +8,8 @@ the recipe, after which it projects the prototypes and solves the head.
     python tests/bench.py --readme                              only write the README's table from tests/results/bench/
 
 Seconds are wall-clock of the whole process (import of torch included), for an epoch those that 02 prints for the last
-of --epochs epochs (fold 9 included, whose FLOP are not counted). FLOP are counted by torch for forward and backward pass
-of the network; the peak is the best of five square matrix products in the type that training uses. Memory is the
+of --epochs epochs (fold 9 included, whose FLOP are not counted). FLOP are counted by torch for forward and backward
+pass of the network; the peak is the best of five square matrix products in the type that training uses. Memory is the
 largest resident set of a process, on a GPU what torch had allocated at most. Without --whole, 03 to 06 work on models
 that were trained for --epochs epochs only. Let nothing else run meanwhile.
 """
@@ -106,9 +106,9 @@ def measure(args):
     def epoch(model, batch, *flags):
         """The last epoch of a short training: its seconds, and the peak memory. The first model is the black box, from
         which the branches start."""
-        kind = "--blackbox-epochs" if model == "blackbox-1d" else "--epochs"
-        _, memory, text = run("02_train_joint.py", *shared, "--run", work / f"batch-{batch}", "--model", model, "--force",
-                              "--width", args.width, "--batch", batch, kind, args.epochs, *flags)
+        _, memory, text = run("02_train_joint.py", *shared, "--run", work / f"batch-{batch}", "--model", model,
+                              "--force", "--width", args.width, "--batch", batch, "--epochs", args.epochs, "--blackbox-epochs",
+                              args.epochs, *flags)
         each = re.findall(rf"{model} +epoch .* best [\d.]+ +([\d.]+) s ", text)
         gpu = re.search(r"GPU memory ([\d.]+) GiB", text)
         return float(each[-1]), float(gpu[1]) if gpu else memory

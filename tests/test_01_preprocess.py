@@ -421,6 +421,10 @@ BAD_RECORDS = {  # change, the reason given
     "another format": (record(fmt=["80"] * 12, d_signal=np.zeros((1000, 12), int)), "format 16"),
     "a thousand million leads": (edit(HEA, ("_lr 12 100", "_lr 1000000000 100")), "^(?!wfdb).*leads"),  # wfdb: 8 GB
     "a thousand million samples": (edit(HEA, (" 100 1000$", " 100 1000000000")), "samples|cannot read"),
+    "a single segment": (lambda d: (edit(HEA, ("^00005_lr 12", "segment 12"))(d),
+                                    (d / HEA).rename((d / HEA).with_name("segment.hea")),
+                                    (d / HEA).write_text("00005_lr/1 12 100 1000\nsegment 1000\n")),
+                         "cannot read|another"),
     "segments without end": (lambda d: (d / HEA).write_text("00005_lr/2 12 100 1000\n00005_lr 500\n00005_lr 500\n"),
                              "cannot read|header"),
     "no checksums": (lambda d: (d / HEA).write_text("\n".join(

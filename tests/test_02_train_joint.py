@@ -76,7 +76,7 @@ def test_every_prototype_model_in_both_recipes(tiny_prep, tmp_path, monkeypatch,
         assert set(meta["classes"]) <= set(common.GROUPS[common.MODELS[model][1]])
         assert set(meta["left_out"]) == set(common.GROUPS[common.MODELS[model][1]]) - set(meta["classes"])
         assert meta["inputs"]["prep"] == common.file_hash(prep.path)
-        assert (run / "blackbox-1d").exists() == (recipe == "default")
+        assert (run / ("blackbox-rhythm" if model == "rhythm" else "blackbox-1d")).exists() == (recipe == "default")
 
 
 def test_default_prototypes_start_as_real_training_windows_of_their_class(tiny_prep, tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_latents_start_as_whitened_class_directions(tiny_prep, tmp_path, monkeyp
     prep = tiny_prep()
     run = train(monkeypatch, tmp_path, "run", "--model", model, "--epochs", 0)
     net, _ = common.load_model(run / model / "joint.pt", "")
-    box, _ = common.load_model(run / "blackbox-1d" / "joint.pt", "")
+    box, _ = common.load_model(run / common.start_of(model, common.Config()) / "joint.pt", "")
     (V, _), = stage("02_train_joint").black_box_heads(box, prep, torch.device("cpu"), [0.1])
     box, V = box.double(), V.double()
     with torch.no_grad():
@@ -183,6 +183,10 @@ def test_second_round_starts_from_the_projected_prototypes(tiny_prep, tmp_path, 
     train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--epochs", 0)
     projected, second = (weights(run / "rhythm" / f"{n}.pt") for n in ("projected", "joint_r2"))
     assert torch.equal(projected["p"], second["p"])
+    tiny_prep("fewer", codes=("SR", "NORM"))
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--force", prep="fewer")
+    assert "other labels" in sentence(e)
     run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", run, "--device", "cpu")
     assert (run / "rhythm" / "projected_r2.pt").is_file()
 
@@ -197,6 +201,15 @@ def test_non_finite_loss_names_epoch_step_and_term(tiny_prep, tmp_path, monkeypa
     message = sentence(e)
     assert "bce" in message and "epoch 1" in message and "step" in message
     assert not (tmp_path / "run" / "blackbox-1d" / "joint.pt").exists()
+
+
+def test_weights_that_diverge_in_the_last_step(tiny_prep, tmp_path, monkeypatch):
+    """The loss of the only step is a number, the weights after it are none."""
+    tiny_prep()
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d", "--blackbox-epochs", 1, "--batch", 999,
+              "--blackbox-lr", 1e30)
+    assert "fold 9" in sentence(e) and "lower learning rate" in sentence(e)
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -222,13 +235,22 @@ def test_errors_are_one_sentence(tiny_prep, tmp_path, monkeypatch):
     assert "global" in sentence(e)
 
 
-def test_start_from_another_data_set_or_width_is_refused(tiny_prep, tmp_path, monkeypatch):
+@pytest.mark.parametrize("prep, flags, says", [
+    ("other", [], "02_train_joint.py --model blackbox-rhythm"), ("prep", ["--width", 16], "--width 8"),
+    ("prep", ["--blackbox-epochs", 5], "--blackbox-epochs 3"), ("prep", ["--pool", "mean"], "--pool meanmax")])
+def test_start_from_another_data_set_or_setting_is_refused(tiny_prep, tmp_path, monkeypatch, prep, flags, says):
+    """And the message names the flag that helps."""
     tiny_prep(), tiny_prep("other", seed=1)
-    train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d")
-    for prep, flags in (("other", []), ("prep", ["--width", 16])):
-        with pytest.raises(SystemExit) as e:
-            train(monkeypatch, tmp_path, "run", "--model", "rhythm", *flags, prep=prep)
-        assert "02_train_joint.py --model blackbox-1d" in sentence(e)
+    train(monkeypatch, tmp_path, "run", "--model", "blackbox-rhythm")
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", "--model", "rhythm", *flags, prep=prep)
+    assert says in sentence(e)
+
+
+def test_a_model_named_twice_is_trained_once(tiny_prep, tmp_path, monkeypatch, capsys):
+    tiny_prep()
+    train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d", "blackbox-1d", "--blackbox-epochs", 1)
+    assert capsys.readouterr().out.count("epoch   1/1") == 1
 
 
 def test_resume_trains_again_what_other_arrays_made(tiny_prep, tmp_path, monkeypatch, capsys):
@@ -484,7 +506,7 @@ def test_tuning_errors_are_one_sentence(tiny_prep, tmp_path, monkeypatch, capsys
     flags = ["--model", "rhythm", "--tune", 1, "--study", tmp_path / "tune.log", "--start", "random"]
     with pytest.raises(SystemExit) as e:  # the black box must be there, lest every worker trains it
         train(monkeypatch, tmp_path, "run", *flags[:-2])
-    assert "python 02_train_joint.py --model blackbox-1d" in sentence(e)
+    assert "python 02_train_joint.py --model blackbox-rhythm" in sentence(e)
     train(monkeypatch, tmp_path, "run", *flags)
     with pytest.raises(SystemExit) as e:
         train(monkeypatch, tmp_path, "run", *flags, "--top-k", 3)

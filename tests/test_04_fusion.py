@@ -280,6 +280,16 @@ def test_projection_and_classifier_are_blind_to_fold_10(run_to_fusion):
     assert np.isnan(np.delete(la, modelled, 1)).all()
 
 
+def test_a_classifier_that_is_not_solved_says_so(run_to_fusion, monkeypatch, capsys):
+    f4, solved = stage("04_fusion"), stage("04_fusion").fit
+    monkeypatch.setattr(f4, "fit", lambda *a, **k: (*solved(*a, **k)[:2], 0.5))
+    _, run = run_to_fusion("unsolved")
+    assert "WARNING: rhythm: Eq. (10) is not solved" in capsys.readouterr().err
+    for found in (json.loads((run / "predictions.json").read_text())["models"]["rhythm"],
+                  json.loads((run / "rhythm" / "classifier.json").read_text())):
+        assert "is not solved" in found["warnings"][0]
+
+
 def test_whole_fusion_of_three_branches(run_to_fusion, capsys):
     """Artifacts of 04 agree with each other: logits = standardised scores times W + b, Eq. (9), own-class fusion."""
     prep, run = run_to_fusion("all", models=common.BRANCHES)
@@ -293,6 +303,7 @@ def test_whole_fusion_of_three_branches(run_to_fusion, capsys):
     np.testing.assert_allclose(scores, direct, atol=1e-5)
     for name in ("fusion", "fusion-own"):
         saved = torch.load(run / f"{name}.pt", weights_only=True)
+        assert saved["meta"]["config"].keys() == {*common.BRANCHES}  # branches may differ
         classes, W, b = saved["meta"]["classes"], saved["W"].numpy(), saved["b"].numpy()
         assert classes == sorted(classes, key=CODES.index)
         logits = (scores[later] - saved["mean"].numpy()) / saved["std"].numpy() @ W.T + b

@@ -335,7 +335,7 @@ def test_the_other_numbers_equal_scikit_learn(made):
     row = next(r for r in metrics["cost"] if r["name"] == "rhythm")
     rhythm = [c for c in GROUPS["rhythm"] if c != NO_TRAIN]
     for key, name in {"-joint": "rhythm-joint", "-projected": "rhythm-projected", "-unprojected": "rhythm-unprojected",
-                      "sparse": "rhythm", "black box": "blackbox-1d"}.items():
+                      "sparse": "rhythm", "black box": "blackbox-rhythm"}.items():
         assert row[key] == mean_of(roc_auc_score, rhythm, name)
 
 

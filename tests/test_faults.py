@@ -123,7 +123,7 @@ def world(tmp_path_factory):
     write_dataset(base / "data", 40, 0, False)
     write_prep(base / "start" / "prep")
     folders = ["--prep", "prep", "--run", "run", "--device", "cpu", "--threads", 1]
-    small = ["--width", 8, "--batch", 16, "--epochs", 1, "--blackbox-epochs", 2, "--model", "blackbox-1d", "rhythm"]
+    small = ["--width", 8, "--batch", 16, "--epochs", 1, "--blackbox-epochs", 2, "--model", "blackbox-rhythm", "rhythm"]
 
     def jobs(seed):
         yield "01", ["01_preprocess", "--data", base / "data", "--prep", "records", "--records", 30 + 5 * seed,
@@ -351,7 +351,7 @@ def test_permuted_labels_predict_nothing(tmp_path, monkeypatch, leak):
     run_stage(monkeypatch, "03_project", *flags)
     run_stage(monkeypatch, "04_fusion", *flags)
     columns, found = common.columns(codes), {}
-    for name in ("blackbox-1d", "rhythm"):
+    for name in ("blackbox-rhythm", "rhythm"):
         logits = np.load(tmp_path / "run" / f"logits_{name}.npy")[prep.test[prep.val | prep.test]]
         found[name] = common.macro_auroc(prep.labels[prep.test][:, columns], logits[:, columns])
     assert all(v > 0.65 if leak else abs(v - 0.5) < 0.1 for v in found.values()), found
@@ -362,7 +362,7 @@ def test_what_force_overrode_stands_in_results_md(tmp_path, monkeypatch, stage):
     """A mismatch is refused by the stage that meets it; forced, it is a warning in results.md, whoever met it."""
     prep, other = write_prep(tmp_path / "prep"), write_prep(tmp_path / "other", seed=1)
     run, flags = tmp_path / "run", ["--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu"]
-    write_joint(run, other if stage == "02" else prep, "blackbox-1d")
+    write_joint(run, other if stage == "02" else prep, "blackbox-rhythm")
     if stage != "02":
         write_joint(run, other if stage == "03" else prep, "rhythm")
     for name, *more in (["02_train_joint", "--model", "rhythm", "--width", 8, "--seed", 0, "--epochs", 0],
@@ -380,7 +380,7 @@ def test_what_force_overrode_stands_in_results_md(tmp_path, monkeypatch, stage):
             meta = common.load_pt(run / "rhythm" / "joint.pt", "")["meta"]
             common.save_json(run / "rhythm" / "joint.json", meta)
         run_stage(monkeypatch, name, *flags, *more)
-    wrong = {"02": "blackbox-1d/joint.pt", "03": "rhythm/joint.pt", "04": "rhythm/projected.pt"}[stage]
+    wrong = {"02": "blackbox-rhythm/joint.pt", "03": "rhythm/joint.pt", "04": "rhythm/projected.pt"}[stage]
     warning = [line for line in (run / "results.md").read_text().splitlines() if line.startswith("**WARNING**")]
     assert len(warning) == 1 and f"{wrong} was made from another" in warning[0] and "run `python 0" in warning[0]
 

@@ -69,8 +69,9 @@ def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
             patch = z[row, :, q["window"]:q["window"] + net.p.shape[2]]
             assert (patch - net.p[q["index"]].detach()).abs().max() < 1e-5
         count += len(found["prototypes"])
+    boxes = ["blackbox-1d", "blackbox-rhythm"]
     predictions = json.loads((run / "predictions.json").read_text())["models"]
-    assert {"fusion", "fusion-own", "macro", "rhythm", "morphology", "global", "blackbox-1d"} <= set(predictions)
+    assert {"fusion", "fusion-own", "macro", *common.BRANCHES, *boxes} <= set(predictions)
     for name in predictions:
         logits, probabilities = (np.load(run / f"{k}_{name}.npy") for k in ("logits", "probabilities"))
         assert logits.shape == probabilities.shape == ((prep.val | prep.test).sum(), 71)
@@ -80,8 +81,8 @@ def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
     # Every model and the fusion were measured, each in a process of its own: as large as they are, more memory for more
     # ECGs, at least that of the ECGs themselves
     sizes = {n: r for n, r in json.loads((run / "efficiency.json").read_text())["models"].items()}
-    assert set(sizes) == {"fusion", *common.BRANCHES, "blackbox-1d"}
-    for model in (*common.BRANCHES, "blackbox-1d"):
+    assert set(sizes) == {"fusion", *common.BRANCHES, *boxes}
+    for model in (*common.BRANCHES, *boxes):
         net, _ = common.load_model(common.newest(run / model, "joint", "")[1], "")
         assert sizes[model]["parameters"] == sum(w.numel() for w in net.parameters())
     for row in sizes.values():
@@ -155,7 +156,7 @@ def spoil(path, how):
 
 
 INPUTS = [  # what each stage reads
-    ("02_train_joint", "prep/signals.npy"), ("02_train_joint", "run/blackbox-1d/joint.pt"),
+    ("02_train_joint", "prep/signals.npy"), ("02_train_joint", "run/blackbox-rhythm/joint.pt"),
     ("03_project", "prep/signals.npy"), ("03_project", "run/rhythm/joint.pt"),
     ("04_fusion", "prep/signals.npy"), ("04_fusion", "run/rhythm/projected.pt"), ("04_fusion", "run/rhythm/joint.pt"),
     ("04_fusion", "run/rhythm/prototypes.json"),
@@ -169,7 +170,7 @@ WEIGHTS = ("joint.pt", "projected.pt")
 SPOILED = [(script, file, how) for script, file in INPUTS for how in (
     "missing", "truncated", "foreign", *["NaN"] * file.endswith((*WEIGHTS, "signals.npy", "logits_rhythm.npy")),
     *["architecture"] * file.endswith(WEIGHTS))]
-SPOILED.remove(("02_train_joint", "run/blackbox-1d/joint.pt", "missing"))  # it is trained then
+SPOILED.remove(("02_train_joint", "run/blackbox-rhythm/joint.pt", "missing"))  # it is trained then
 
 
 @pytest.mark.parametrize("script, file, how", SPOILED)
