@@ -70,9 +70,10 @@ def step_flop(model, width):
     cfg = common.Config(width=width)
     kind, group = common.MODELS[model]
     classes, n = common.GROUPS[group], 8
+    dim = len(common.GROUPS[common.MODELS[common.start_of(model, cfg)][1]])  # a latent for each class of the black box
     each = [0 if kind == "blackbox" else cfg.per_class[list(common.WINDOW).index(kind)]] * len(classes)
     net = common.BlackBox(classes, cfg) if kind == "blackbox" else common.ProtoECGNet(kind, classes, each, cfg,
-                                                                                      latent_dim=71)
+                                                                                      latent_dim=dim)
     with FlopCounterMode(display=False) as counter:
         net(torch.randn(n, 12, common.SAMPLES))[0].sum().backward()
     return counter.get_total_flops() / n
@@ -104,12 +105,11 @@ def measure(args):
     add("01, preprocessing", seconds, memory, n)
 
     def epoch(model, batch, *flags):
-        """The last epoch of a short training: its seconds, and the peak memory. The first model is the black box, from
-        which the branches start."""
+        """The last epoch of a short training: its seconds, and the peak memory."""
         _, memory, text = run("02_train_joint.py", *shared, "--run", work / f"batch-{batch}", "--model", model,
-                              "--force", "--width", args.width, "--batch", batch, "--epochs", args.epochs, "--blackbox-epochs",
-                              args.epochs, *flags)
-        each = re.findall(rf"{model} +epoch .* best [\d.]+ +([\d.]+) s ", text)
+                              "--force", "--width", args.width, "--batch", batch, "--epochs", args.epochs,
+                              "--blackbox-epochs", args.epochs, *flags)
+        each = re.findall(rf"(?m)^{model} +epoch .* best [\d.]+ +([\d.]+) s ", text)
         gpu = re.search(r"GPU memory ([\d.]+) GiB", text)
         return float(each[-1]), float(gpu[1]) if gpu else memory
 
