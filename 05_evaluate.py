@@ -85,14 +85,13 @@ MEASURES = {  # metric of interpretability: what it is
     "top class": "Share of records whose highest logit stays with its class: under white noise of 20 dB (aim: 95 % or "
                  "more), 0.5 mV of baseline wander before the filter, and circular shifts.",
     "window": "Share of records in which the first prototype of that class matches the same place, to one latent step."}
-COURSE = [  # size against quality: what, prediction, width, black box's epochs, rhythm_alone (None: a black box itself)
-    ("rhythm branch, small (`--small`)", "rhythm", 32, 40, True),
-    ("the same, black box trained longer (`--width 32`)", "rhythm", 32, 60, True),
-    ("the same from a black box on 71 labels (`--width 32 --rhythm-alone no`)", "rhythm", 32, 60, False),
-    ("rhythm branch, full (the default recipe)", "rhythm", 64, 60, True),
-    ("the same from a black box on 71 labels (`--rhythm-alone no`)", "rhythm", 64, 60, False),
-    ("ResNet18 black box, small (`--small --model blackbox-rhythm`)", "blackbox-rhythm", 32, 40, None),
-    ("ResNet18 black box, full (`--model blackbox-rhythm`)", "blackbox-rhythm", 64, 60, None)]
+COURSE = [  # size against quality: what, prediction, width, rhythm_alone (None: a black box itself)
+    ("rhythm branch, small (`--small`)", "rhythm", 32, True),
+    ("the same from a black box on 71 labels (`--small --rhythm-alone no`)", "rhythm", 32, False),
+    ("rhythm branch, full (the default recipe)", "rhythm", 64, True),
+    ("the same from a black box on 71 labels (`--rhythm-alone no`)", "rhythm", 64, False),
+    ("ResNet18 black box, small (`--small --model blackbox-rhythm`)", "blackbox-rhythm", 32, None),
+    ("ResNet18 black box, full (`--model blackbox-rhythm`)", "blackbox-rhythm", 64, None)]
 PAIRS = {  # paired differences, first - second, by the question that they answer
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
@@ -669,12 +668,11 @@ def report(m):
 def course_table(runs, pooled):
     """Size against quality on the 16 rhythm labels, from saved `runs` of the default recipe with all of fold 10;
     pooled(runs, prediction, contrastive) -> a cell."""
-    rows, free = [], ("seed", "width", "rhythm_alone", "blackbox_epochs")
-    for what, name, width, epochs, alone in COURSE:
+    rows, free = [], ("seed", "width", "rhythm_alone")
+    for what, name, width, alone in COURSE:
         some = [r for r in runs if r["recipe"] == "default" and r["contrastive"] and r["counts"]["test"] == 2198
-                and name in r["predictions"]
-                and (r["width"], r["config"]["blackbox_epochs"]) == (width, epochs)
-                and alone in (None, r["config"].get("rhythm_alone", False)) and not changed(r, free)]
+                and name in r["predictions"] and r["width"] == width and not changed(r, free)
+                and alone in (None, r["config"].get("rhythm_alone", False))]
         measured = [r["efficiency"] for r in some if name in r.get("efficiency", {}).get("models", {})][:1]
         rows.append([what, pooled(some, name, True)] + (
             [*efficiency_cells(measured[0]["models"][name]), machine_text(measured[0])] if measured else ["–"] * 5))
@@ -708,8 +706,6 @@ def readme():
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
     same = {}  # runs that differ in nothing but seed and contrastive loss, by what they have in common
     for run in runs:
-        if run["config"]["blackbox_epochs"] == common.SMALL["blackbox_epochs"]:
-            continue  # the course's
         what = f"{run['recipe']} recipe, width {run['width']}, {run['counts']['test']:,} test records"
         same.setdefault((what, ", ".join(changed(run))), []).append(run)
 

@@ -566,7 +566,7 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     run_stage(monkeypatch, "05_evaluate", "--readme")
     assert ev.cell(json.loads(saved.read_text())["predictions"]["rhythm"]["auroc"]) in page.read_text()
     for seed, how in ((43, {}), (44, {}), (42, {"contrastive": False}), (42, {"width": 32}),
-                      (42, {"width": 32, "blackbox_epochs": 40})):
+                      (43, {"width": 32})):
         other = fake_run(tmp_path / f"r{seed}{len(how)}{how.get('width', '')}", prep, ["rhythm"], seed=seed, **how)
         metrics = evaluate(monkeypatch, other, prep, "--save", other.name)
         values += [metrics["predictions"]["rhythm"]["auroc"][0]]
@@ -577,12 +577,11 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     assert once.startswith("# Größe\n\nbefore\n\n<!-- results:begin -->")
     assert re.search(r"<!-- results:end -->\n\nafter\n<!-- course:begin -->\n\n\| model .*\|\n\n<!-- course:end -->\n\n"
                      r"end\Z", once, re.DOTALL)
-    assert "blackbox_epochs" not in once  # of --small: in the course's table, if on all of fold 10
     assert "stale" not in once and "Ablations" not in once
     assert f"{ev.number(np.mean(values[:3]))} ± {ev.number(np.std(values[:3], ddof=1))} (3 seeds)" in once
     wide, narrow = once.split("**Interpretability**")[0].split("**default recipe, width ")[1:]
     assert wide.startswith("64, 170 test records**") and narrow.startswith("32, 170 test records**")
-    assert ev.number(values[3]) in wide and "seeds" not in narrow and ev.number(values[4]) in narrow
+    assert ev.number(values[3]) in wide and "(2 seeds)" in narrow
     other = fake_run(tmp_path / "ablation", prep, ["rhythm"], top_k=30, a=(1.0, 2.0, 1.0))
     metrics = evaluate(monkeypatch, other, prep, "--save", "ablation")["predictions"]["rhythm"]
     run_stage(monkeypatch, "05_evaluate", "--readme")
@@ -615,17 +614,17 @@ def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
         return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
 
     empty = rows()
-    assert len(empty) == 8 and all(r[1:] == ["", *["–"] * 5] for r in empty[:-1]) and empty[-1][1] == ".8758"
-    short, all_71 = {"blackbox_epochs": 40}, {"rhythm_alone": False}
-    got = rows(saved(width=32, value=1, **short), saved(width=32, value=2, seed=43, **short), saved(value=4),
-               saved(width=32, value=3, efficient=False, **all_71), saved(value=5, **all_71), saved(width=32, value=15),
-               saved("blackbox-rhythm", 6, width=32, **short), saved("blackbox-rhythm", 7),
-               saved("blackbox-rhythm", 13, width=32), saved(width=32, value=14, start="blackbox-rhythm"),
+    assert len(empty) == 7 and all(r[1:] == ["", *["–"] * 5] for r in empty[:-1]) and empty[-1][1] == ".8758"
+    all_71 = {"rhythm_alone": False}
+    got = rows(saved(width=32, value=1), saved(width=32, value=2, seed=43), saved(value=4),
+               saved(width=32, value=3, efficient=False, **all_71), saved(value=5, **all_71),
+               saved("blackbox-rhythm", 6, width=32), saved("blackbox-rhythm", 7),
+               saved(width=32, value=13, blackbox_epochs=40), saved(width=32, value=14, start="blackbox-rhythm"),
                saved(value=8, test=386), saved(value=9, lr=1e-3),
                saved(value=10, recipe="paper"), saved("fusion", 11), saved(value=12, class_weights=True))
-    assert [r[1] for r in got] == ["1 and 2", "15", "3", "4", "5", "6", "7", ".8758"]
+    assert [r[1] for r in got] == ["1 and 2", "3", "4", "5", "6", "7", ".8758"]
     assert got[0][2:] == ["1,000,000", "4.01", "2.5 / 0.5", "9.1 / 120", "an abacus, 2 CPU threads"]
-    assert got[2][2:] == ["–"] * 5
+    assert got[1][2:] == ["–"] * 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
