@@ -549,6 +549,16 @@ def test_answers_follow_the_interval(value, better, as_good):
     assert ev.answer("As good as a black box? (4.3)", value) == as_good
 
 
+def test_tables_of_the_readme_are_what_readme_writes(monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    shutil.copytree(ev.HERE / "tests" / "results", tmp_path / "tests" / "results")
+    page = shutil.copy(ev.HERE / "README.md", tmp_path / "README.md")
+    before = page.read_text(encoding="utf-8")
+    monkeypatch.setattr(ev, "HERE", tmp_path)
+    run_stage(monkeypatch, "05_evaluate", "--readme")
+    assert page.read_text(encoding="utf-8") == before
+
+
 def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     prep, run = small
     monkeypatch.setattr(ev, "HERE", tmp_path / "home")
