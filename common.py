@@ -560,9 +560,14 @@ PATIENCE = 5
 
 def begin_worker():
     """A process of the pool leaves Ctrl-C to the stage and ends when the stage was killed."""
+    def end_with_stage():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        for temporary in list(_writing):
+            temporary.unlink(missing_ok=True)
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stage = [multiprocessing.parent_process().sentinel]
-    threading.Thread(target=lambda: (multiprocessing.connection.wait(stage), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_stage, daemon=True).start()
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, a limit on the size of a file
@@ -611,6 +616,7 @@ def replacing(path):
         _swept.add(path.parent)
         sweep(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _writing.add(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -619,9 +625,11 @@ def replacing(path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        _writing.discard(temporary)
 
 
-_swept = set()  # folders that this process has swept
+_swept = set()    # folders that this process has swept
+_writing = set()  # temporary files that it has not finished
 
 
 def sweep(folder):
