@@ -707,8 +707,8 @@ def main():
     names = dict.fromkeys(args.model or (["rhythm"] if args.small else common.BRANCHES))
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")
-    boxes = {common.start_of(n, cfg): n for n in names if MODELS[n][0] != "blackbox" and args.round == 1}
-    boxes = [box for box in boxes if box.startswith("blackbox")]  # what the prototype models start from
+    starts = dict.fromkeys(common.start_of(n, cfg) for n in names if MODELS[n][0] != "blackbox" and args.round == 1)
+    boxes = [start for start in starts if start.startswith("blackbox")]
     if args.tune:
         for box in boxes:
             common.load_pt(args.run / box / "joint.pt", common.command("02_train_joint.py", box))
