@@ -552,15 +552,15 @@ def after_stage_3(path, args, prep):
     fusion = importlib.import_module("04_fusion")
     model, meta = common.load_model(path, "02_train_joint.py", args.device)
     z, carries, ids = common.training_set(model, prep, args.device)
-    unique = common.config_of(meta).unique
-    model.p.data, found = common.project(z, carries, ids, model.p.data, model.p_class, unique)          # Eq. (8)
+    cfg = common.config_of(meta)
+    model.p.data, found = common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)      # Eq. (8)
     rows = np.flatnonzero(prep.train | prep.val)
     scores = np.zeros((len(prep.folds), len(model.p)), np.float32)
     scores[rows] = common.batched(lambda x: model.scores(model.latent(x)), prep, rows, args.device)
     X, X_val, *_ = fusion.standardise(scores, prep, np.searchsorted(prep.ecg_ids, [f[0][0] for f in found]))
     Y, y_val = (prep.labels[m][:, common.columns(model.classes)].astype(np.float64) for m in (prep.train, prep.val))
     off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]                         # [C, P]
-    W, b, *_ = fusion.fit_path(X, Y, off, X_val, y_val, meta["model"])                                  # Eq. (10)
+    W, b, *_ = fusion.fit_path(X, Y, off, X_val, y_val, meta["model"], cfg.recipe)                      # Eq. (10)
     return common.macro_auroc(y_val, X_val @ W.T + b)
 
 

@@ -29,7 +29,7 @@ import common
 from common import BRANCHES, CODES, MODELS
 
 STRENGTHS = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4]  # lambda of Eq. (10), tried from strong to weak
-MOST_OFF = 0.1    # share of off-class weights that may be non-zero
+MOST_OFF = {"default": 0.1, "paper": 1.0}  # share of off-class weights that may be non-zero; the paper sets no limit
 L2 = 1e-4         # on all weights, in units of the mean BCE; without it a class that is separable has no optimum
 ENTERING = 64     # weights that may join a class's working set at a time
 TOLERANCE = 1e-5  # on the optimality conditions, in the same units
@@ -127,10 +127,10 @@ def feature_sign(H, r, l1, v, tolerance):
     return v
 
 
-def fit_path(X, Y, off, X_val, y_val, what):
-    """Fit Eq. (10) from strong to weak L1 and keep the largest strength within .001 of fold 9's best macro-AUROC.
+def fit_path(X, Y, off, X_val, y_val, what, recipe):
+    """Fit Eq. (10) from strong to weak L1 and keep the strength with fold 9's best macro-AUROC.
 
-    Strengths that leave more than MOST_OFF of the off-class weights are not considered: nobody could read them.
+    Strengths that leave more than MOST_OFF[recipe] of the off-class weights are not considered: nobody could read them.
     X [N, P], X_val [M, P] standardised, Y [N, C], y_val [M, C], off [C, P]. Returns W, b, the table of the path and the
     strength chosen.
     """
@@ -140,14 +140,13 @@ def fit_path(X, Y, off, X_val, y_val, what):
     path, fits = [], []
     for strength in tqdm(STRENGTHS, desc=f"{what}: L1 strengths", leave=False, disable=None):
         W, b, violation = fit(X, Y, off, strength, W, b)
-        if fits and off.any() and (W[off] != 0).mean() > MOST_OFF:
+        if fits and off.any() and (W[off] != 0).mean() > MOST_OFF[recipe]:
             break
         auroc = common.macro_auroc(y_val, X_val @ W.T + b)
         path.append({"strength": strength, "val_auroc": known(auroc), "nonzero": int((W != 0).sum()),
                      "violation": violation})
         fits.append((W, b))
-    best = max(row["val_auroc"] or 0 for row in path)
-    chosen = next(i for i, row in enumerate(path) if (row["val_auroc"] or 0) >= best - 0.001)
+    chosen = int(np.argmax([row["val_auroc"] or 0 for row in path]))  # of equals the strongest
     return *fits[chosen], path, STRENGTHS[chosen]
 
 
@@ -211,7 +210,7 @@ def main():
             W, b, violation = fit(X, Y, off, np.inf, np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9)))
             path_rows, strength = [{"violation": violation}], None
         else:
-            W, b, path_rows, strength = fit_path(X, Y, off, X_val, y_val, name)
+            W, b, path_rows, strength = fit_path(X, Y, off, X_val, y_val, name, meta["recipe"])
         nonzero, forced = int((W != 0).sum()), [*meta.get("warnings", [])]
         if (worst := max(row["violation"] for row in path_rows)) > TOLERANCE:
             forced.append(f"{name}: Eq. (10) is not solved, its optimality conditions are violated by {worst:.0e}")
@@ -278,12 +277,13 @@ def main():
             when = "before" if step == "joint" else "after"
             save_predictions(f"{name}-{step}", f"{name} with Stage 1's head, {when} projection", model.classes, logits,
                              inputs, forced)
-        made = {**common.provenance(common.config_of(meta), "04_fusion.py", projected=path, prep=prep.path),
+        cfg = common.config_of(meta)
+        made = {**common.provenance(cfg, "04_fusion.py", projected=path, prep=prep.path), "recipe": cfg.recipe,
                 "warnings": forced}
         classify(name, f"{name} branch, sparse classifier", scores, rows, p_code, model.classes, inputs,
                  {**made, "model": name}, path.with_name("classifier.pt"))
         classify(f"{name}-unprojected", f"{name} branch, sparse classifier on the prototypes before projection",
-                 scores_before, rows, p_code, model.classes, inputs, {"warnings": forced}, None)
+                 scores_before, rows, p_code, model.classes, inputs, made, None)
         cached[name] = (scores, scores_before, rows, p_code, model.classes, inputs, made)
 
     # Fusion: the branches' scores side by side, Eq. (9)
@@ -302,7 +302,7 @@ def main():
                  args.run / "fusion-own.pt", own_only=True)
         for n, own_only in (("fusion", False), ("fusion-own", True)):
             classify(f"{n}-unprojected", f"{n} on the prototypes before projection", scores_before, rows, p_code,
-                     classes, inputs, {"warnings": made["warnings"]}, None, own_only)
+                     classes, inputs, made, None, own_only)
 
     # Macro aggregation: each label from its own branch
     for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):

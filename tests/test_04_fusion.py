@@ -201,10 +201,10 @@ def test_constant_score_is_no_division_by_zero():
     assert np.isfinite(X).all() and np.abs(X[:, 2]).max() < 1 and (std > 0).all()
 
 
-def path_of(scores, prep, y, own):
+def path_of(scores, prep, y, own, recipe="default"):
     X, X_val, X_later, mean, std = fusion.standardise(scores, prep, own)
     off = np.arange(8)[None] % 3 != np.arange(3)[:, None]
-    W, b, path, strength = fusion.fit_path(X, y[prep.train].astype(float), off, X_val, y[prep.val], "test")
+    W, b, path, strength = fusion.fit_path(X, y[prep.train].astype(float), off, X_val, y[prep.val], "test", recipe)
     return dict(mean=mean, std=std, W=W, b=b, strength=strength, path=path)
 
 
@@ -223,15 +223,24 @@ def test_scores_and_strength_are_blind_to_fold_10(garbage):
     assert path_of(scores, prep, y, own)["path"] != clean["path"]
 
 
-def test_largest_strength_within_a_thousandth_is_chosen(monkeypatch):
+def test_best_strength_of_fold_9_is_chosen_within_the_limit(monkeypatch):
     scores, prep, y, _ = scores_and_prep()
-    curve = iter([0.80, 0.9001, 0.9012, 0.9015, 0.9020, 0.9018, 0.9017, 0.90])
     monkeypatch.setattr(fusion, "fit", lambda X, Y, off, strength, W, b: (W, b, 0.0))  # only the choice is looked at
+    curve = iter([0.80, 0.9001, 0.9020, 0.9015, 0.9020, 0.9018, 0.9017, 0.90])
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: next(curve))
     chosen = path_of(scores, prep, y, np.zeros(8, int))
-    tried = [row["strength"] for row in chosen["path"]]
-    assert tried == sorted(fusion.STRENGTHS, reverse=True)[:len(tried)] and len(tried) >= 5
-    assert chosen["strength"] == fusion.STRENGTHS[2]  # .9012 is within .001 of .9020, .9001 is not
+    assert [row["strength"] for row in chosen["path"]] == sorted(fusion.STRENGTHS, reverse=True)
+    assert chosen["strength"] == fusion.STRENGTHS[2]  # the stronger of the two with .9020
+
+    full = dict(zip(fusion.STRENGTHS, [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))  # share of off-class weights it leaves
+
+    def fit(X, Y, off, strength, W, b):
+        return (off & (np.cumsum(off).reshape(off.shape) <= full[strength] * off.sum())).astype(float), b, 0.0
+    monkeypatch.setattr(fusion, "fit", fit)
+    for recipe, tried in (("default", 3), ("paper", 8)):  # the paper sets no limit
+        curve = iter(np.linspace(0.8, 0.9, 8))
+        chosen = path_of(scores, prep, y, np.zeros(8, int), recipe)
+        assert len(chosen["path"]) == tried and chosen["strength"] == fusion.STRENGTHS[tried - 1], recipe
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: float("nan"))  # no label to judge by: the strongest
     assert path_of(scores, prep, y, np.zeros(8, int))["strength"] == fusion.STRENGTHS[0]
 
