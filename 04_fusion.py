@@ -198,33 +198,38 @@ def main():
                                        "inputs": inputs, "warnings": forced, **more}
         common.save_json(predictions_path, predictions)
 
-    def classify(name, about, scores, own_records, p_code, classes, inputs, meta, path, own_only=False):
-        """Fit Eq. (10) for `classes` on scores [N, P] of prototypes with codes p_code [P]; save it with its logits."""
-        began = time.time()
-        X, X_val, X_later, mean, std = standardise(scores, prep, own_records)
+    def classify(name, about, scores, before, own_records, p_code, classes, inputs, meta, path, own_only=False):
+        """Fit Eq. (10) for `classes` on scores [N, P] of prototypes with codes p_code [P]; save it with its logits. Then
+        at the same strength on the scores `before` projection, of which only the logits are kept."""
         Y = prep.labels[prep.train][:, common.columns(classes)].astype(np.float64)
         y_val = prep.labels[prep.val][:, common.columns(classes)]
         off = np.array([[q != c for q in p_code] for c in classes])                         # [C, P]
-        if own_only:
-            prior = Y.mean(0)
-            W, b, violation = fit(X, Y, off, np.inf, np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9)))
-            path_rows, strength = [{"violation": violation}], None
-        else:
-            W, b, path_rows, strength = fit_path(X, Y, off, X_val, y_val, name, meta["recipe"])
-        nonzero, forced = int((W != 0).sum()), [*meta.get("warnings", [])]
-        if (worst := max(row["violation"] for row in path_rows)) > TOLERANCE:
-            forced.append(f"{name}: Eq. (10) is not solved, its optimality conditions are violated by {worst:.0e}")
-            print(f"WARNING: {forced[-1]}", file=sys.stderr)
-        fitted = {"strength": strength, "l2": L2, "path": path_rows, "nonzero": nonzero, "weights": W.size}
-        save_predictions(name, about, classes, X_later @ W.T + b, inputs, forced,
-                         seconds=round(time.time() - began, 1), **fitted)
-        if path:  # after its logits, whose thresholds 06 takes: it is this file that 06 compares with the prototypes
-            meta = {**meta, **fitted, "classes": classes, "warnings": forced}
-            common.save_json(path.with_suffix(".json"), meta)
-            common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
-                                  dict(W=W, b=b, mean=mean, std=std).items()}})
-        print(f"{name:22s} fold 9 {summary[name]:.4f}  {nonzero:6,} of {W.size:6,} weights  "
-              f"{'own class only' if own_only else f'lambda {strength:.0e}'}  {time.time() - began:.1f} s", flush=True)
+        prior, strength, warnings = Y.mean(0), np.inf, meta["warnings"]
+        W, b = np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9))
+        for projected, s in ((True, scores), (False, before)):
+            began = time.time()
+            X, X_val, X_later, mean, std = standardise(s, prep, own_records)
+            if projected and not own_only:
+                W, b, steps, strength = fit_path(X, Y, off, X_val, y_val, name, meta["recipe"])
+            else:  # from where it stands, own-class weights at zero or the projected prototypes' solution
+                W, b, violation = fit(X, Y, off, strength, W, b)
+                steps = [{"violation": violation}]
+            key = name if projected else f"{name}-unprojected"
+            nonzero, forced = int((W != 0).sum()), [*warnings]
+            if (worst := max(row["violation"] for row in steps)) > TOLERANCE:
+                forced.append(f"{key}: Eq. (10) is not solved, its optimality conditions are violated by {worst:.0e}")
+                print(f"WARNING: {forced[-1]}", file=sys.stderr)
+            fitted = {"strength": None if own_only else strength, "l2": L2, "path": steps, "nonzero": nonzero,
+                      "weights": W.size}
+            save_predictions(key, about if projected else f"{about}, on the prototypes before projection", classes,
+                             X_later @ W.T + b, inputs, forced, seconds=round(time.time() - began, 1), **fitted)
+            if projected:  # after its logits, whose thresholds 06 takes: 06 compares this file with the prototypes
+                meta = {**meta, **fitted, "classes": classes, "warnings": forced}
+                common.save_json(path.with_suffix(".json"), meta)
+                common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
+                                      dict(W=W, b=b, mean=mean, std=std).items()}})
+            print(f"{key:22s} fold 9 {summary[key]:.4f}  {nonzero:6,} of {W.size:6,} weights  "
+                  f"{'own class only' if own_only else f'lambda {strength:.0e}'}  {time.time() - began:.1f} s", flush=True)
 
     # Black boxes: their own logits
     present = [m for m in MODELS if any(list((args.run / m).glob(f"{f}*.pt")) for f in ("joint", "projected"))]
@@ -280,10 +285,8 @@ def main():
         cfg = common.config_of(meta)
         made = {**common.provenance(cfg, "04_fusion.py", projected=path, prep=prep.path), "recipe": cfg.recipe,
                 "warnings": forced}
-        classify(name, f"{name} branch, sparse classifier", scores, rows, p_code, model.classes, inputs,
+        classify(name, f"{name} branch, sparse classifier", scores, scores_before, rows, p_code, model.classes, inputs,
                  {**made, "model": name}, path.with_name("classifier.pt"))
-        classify(f"{name}-unprojected", f"{name} branch, sparse classifier on the prototypes before projection",
-                 scores_before, rows, p_code, model.classes, inputs, made, None)
         cached[name] = (scores, scores_before, rows, p_code, model.classes, inputs, made)
 
     # Fusion: the branches' scores side by side, Eq. (9)
@@ -296,13 +299,10 @@ def main():
                 "inputs": inputs,
                 "warnings": sum((cached[b][6]["warnings"] for b in BRANCHES), []),
                 "branches": [[b, cached[b][0].shape[1]] for b in BRANCHES]}
-        classify("fusion", "fusion classifier, Eq. (10)", scores, rows, p_code, classes, inputs, made,
+        classify("fusion", "fusion classifier, Eq. (10)", scores, scores_before, rows, p_code, classes, inputs, made,
                  args.run / "fusion.pt")
-        classify("fusion-own", "fusion with own-class weights only", scores, rows, p_code, classes, inputs, made,
-                 args.run / "fusion-own.pt", own_only=True)
-        for n, own_only in (("fusion", False), ("fusion-own", True)):
-            classify(f"{n}-unprojected", f"{n} on the prototypes before projection", scores_before, rows, p_code,
-                     classes, inputs, made, None, own_only)
+        classify("fusion-own", "fusion with own-class weights only", scores, scores_before, rows, p_code, classes,
+                 inputs, made, args.run / "fusion-own.pt", own_only=True)
 
     # Macro aggregation: each label from its own branch
     for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):
