@@ -94,7 +94,8 @@ COURSE = [  # size against quality: what, prediction, width, rhythm_alone (None:
     ("ResNet18 black box, full (`--model blackbox-rhythm`)", "blackbox-rhythm", 64, None)]
 PAIRS = {  # paired differences, first - second, by the question that they answer
     "Do three branches beat one? (4.1)": [
-        ("fusion", m) for m in ("all-1d", "all-partial", "all-global", "macro", *BRANCHES)],
+        ("fusion", m) for m in ("all-1d", "all-partial", "all-global", *BRANCHES)],
+    "Does the fusion beat each label from its own branch? (4.1)": [("fusion", "macro")],
     "As good as a black box? (4.3)": [(name, box) for _, name, _, _, box, _ in PAPER if box] + [
         (m, "blackbox-1d") for m in (*BRANCHES, "fusion", "fusion-own")] + [
         ("fusion", "blackbox-macro"), ("fusion", "blackbox-ensemble")],
@@ -630,7 +631,8 @@ def report(m):
         total = sum(v[0] * v[3] for v in each if v[3]) / n
         out += [f"Check: ({' + '.join(f'{v[3]} x {number(v[0])}' for v in each)}) / {n} = {number(total)}; macro "
                 f"aggregation {number(value)}: {'equal' if abs(total - value) < 2e-5 else 'NOT EQUAL'}. (The paper's "
-                "branches would give .8891 and .8970, where .8918 and .9048 are printed.)"]
+                "branches would give .8891 and .8970, where .8918 and .9048 are printed; means over batches, which "
+                "they are, need not obey this.)"]
     out += ["## The cost of interpretability", cost_table(m),
             "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of Stage 3's "
             "sparse classifier on the prototypes before and after projection; of the black box that it starts "
@@ -735,13 +737,14 @@ def readme():
         if other:
             continue
         first = min(some, key=lambda r: (not r["contrastive"], r["seed"]))
-        times = ", ".join(f"{n} {t['seconds'] / 60:.0f}" for n, t in first["trained"].items() if t.get("seconds"))
+        times = ", ".join(f"{n} {t['seconds'] / 60:.0f} ({t.get('threads', '?')})" for n, t in first["trained"].items()
+                          if t.get("seconds"))
         tables += [f"**{what}**", paper_table(lambda *a: pooled(some, *a)),
                    f"By the authors' measure, the mean over batches of {BATCH}:",
                    paper_table(lambda *a: pooled(some, *a, key="per batch")),
                    f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
                    cost_table(first),
-                   f"Minutes of Stage 1 on {first['hardware']}: {times or 'not known'}.",
+                   f"Minutes of Stage 1 on {first['hardware']} (threads): {times or 'not known'}.",
                    f"Paired differences on the test set, seed {first['seed']}:",
                    table(["question", "difference", "AUROC [95 %]", "answer"],
                          [[question, pair, cell(v[:3], "+"), answer(question, v)] for r in some
@@ -1169,7 +1172,7 @@ def main():
         "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale,
         "hardware": common.hardware(args.device),
         "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
-        "trained": {n: {k: j.get(k) for k in ("device", "hardware", "seconds", "epochs", "best_epoch")}
+        "trained": {n: {k: j.get(k) for k in ("device", "hardware", "threads", "seconds", "epochs", "best_epoch")}
                     for n, j in joint.items()},
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),
                    "test_positives": positives},
