@@ -146,18 +146,17 @@ def over_ranks(model):
 
 
 @torch.no_grad()
-def validate(model, x, y, autocast):
-    """(macro-AUROC, logits [N, C]) of a model on x [N, 12, 1000], y [N, C]; every rank computes its share of them."""
+def validate(model, x, y):
+    """Macro-AUROC of a model on x [N, 12, 1000], y [N, C], in float32; every rank computes its share of the logits."""
     model.eval()
     logits = torch.zeros_like(y)
-    with autocast:
-        for i in range(256 * RANK, len(x), 256 * WORLD):
-            logits[i:i + 256] = model(x[i:i + 256].to(y.device))[0].float()
+    for i in range(256 * RANK, len(x), 256 * WORLD):
+        logits[i:i + 256] = model(x[i:i + 256])[0]
     if WORLD > 1:
         dist.all_reduce(logits)
     if not logits.isfinite().all():
         raise Diverged("a logit on fold 9 is not a number any more: train again with a lower learning rate")
-    return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy()), logits
+    return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy())
 
 
 @torch.no_grad()
@@ -165,7 +164,8 @@ def refit_head(model, z, y):
     """Solve the head for z [N, D, L], y [N, C]: own-class weights by logistic regression, all other weights zero.
 
     A head that follows SGD lags behind the prototypes; this one makes the fold-9 AUROC of an epoch tell how far the
-    evidence of a class's own prototypes goes, which Stage 3 then starts from.
+    evidence of a class's own prototypes goes, which Stage 3 then starts from. Unlike there, a prototype's own record
+    counts; on fold 9 that makes less than .001.
     """
     s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(128)]).cpu().numpy()     # [N, P]
     mean, std = s.mean(0), s.std(0).clip(1e-6)
@@ -184,7 +184,8 @@ def refit_head(model, z, y):
 
 def black_box_heads(model, prep, device, strengths):
     """Solve a black box's head on its frozen features, as Stage 3 does for prototypes: for each L2 strength, weakening,
-    the logistic regressions that minimise the sum over classes of the mean BCE + L2 / 2 |W|^2 on standardised features.
+    the logistic regressions that minimise the sum over classes of the mean BCE + L2 / 2 |W|^2 on standardised features,
+    by at most 100 steps of L-BFGS from the one before, which for weak strengths stop short of the optimum.
     Returns [(W [C, 512 or 1024], b [C])], for features that are not standardised."""
     rows = np.flatnonzero(prep.train)
     h = common.batched(lambda x: model(x)[1], prep, rows, device).to(device)          # [N, 512 or 1024]
@@ -229,7 +230,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     black_box = kind == "blackbox"
     folder, device = folder or args.run / name, args.device
     suffix = "" if args.round == 1 else f"_r{args.round}"
-    out, last = folder / f"joint{suffix}.pt", folder / f"last{suffix}.pt"
+    out, last, done = folder / f"joint{suffix}.pt", folder / f"last{suffix}.pt", None
     if out.is_file():
         done = common.load_model(out, "02_train_joint.py --force")[1] if not args.force else None
         if done and common.config_of(done) != cfg:
@@ -261,6 +262,8 @@ def train(name, args, cfg, prep, folder=None, report=None):
             "classes": classes, "left_out": left_out, "device": device.type}
     meta["inputs"].update(sources(name, args, cfg))
     model = start(name, args, cfg, prep, meta).to(device)
+    if cfg.head == "refit" and not black_box and (args.round > 1 or not cfg.start.startswith("blackbox")):
+        refit_head(model, *common.training_set(model, prep, device)[:2])
     ema = cfg.blackbox_ema if black_box else 0
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
     if cfg.head != "free" and not black_box:
@@ -276,14 +279,15 @@ def train(name, args, cfg, prep, folder=None, report=None):
     optimizer = make(parameters, lr=lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = SCHEDULERS[cfg.scheduler](optimizer, lr, epochs * per_epoch, per_epoch)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device))
-    exact = torch.autocast(device.type, enabled=False)
     terms = ("total", "bce") if black_box else ("total", "bce", "clst", "sep", "div", "cntrst")
     log, best, best_state, since, first, seconds = [], -np.inf, None, 0, 1, 0.0
 
-    if args.resume and last.is_file():
-        saved = common.load_pt(last, "02_train_joint.py", device)
-        if {**saved["meta"], "versions": 0, "code": 0} != {**meta, "versions": 0, "code": 0}:
+    saved = common.load_pt(last, "02_train_joint.py", device) if args.resume and last.is_file() else None
+    if saved and {**saved["meta"], "versions": 0, "code": 0} != {**meta, "versions": 0, "code": 0}:
+        if not done or {**done, **saved["meta"]} != done:  # not what the training left whose joint.pt is replaced now
             sys.exit(f"{last} is of another setting or data set: train without --resume, or in another --run")
+        saved = None
+    if saved:
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -295,7 +299,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
             torch.cuda.set_rng_state(saved["random_cuda"].cpu(), device)
         print(f"{name}: resumed after epoch {len(log)}")
     elif not black_box:  # the start counts as epoch 0, so that training can only be kept if it helps fold 9
-        best = validate(model, x[val_rows], y_val, exact)[0]
+        best = validate(model, x[val_rows], y_val)
         best_state = copy.deepcopy(model.state_dict())
         print(f"{name}: {len(model.p)} prototypes for {len(classes)} labels; at the start val {best:.4f}", flush=True)
 
@@ -348,14 +352,14 @@ def train(name, args, cfg, prep, folder=None, report=None):
             p = model.p.detach().clone()
             if cfg.head == "refit" or cfg.project_every:
                 z, carries, ids = common.training_set(model, prep, device)
-            if cfg.project_every and epoch % cfg.project_every == 0:
+            if cfg.project_every:
                 model.p.data.copy_(common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)[0])
             if cfg.head == "refit":
                 refit_head(model, z, carries)
         if not black_box and WORLD > 1:
             for theirs in (model.p, model.head.weight, model.head.bias):
                 dist.broadcast(theirs.data, 0)
-        auroc, _ = validate(average, x[val_rows], y_val, exact)
+        auroc = validate(average, x[val_rows], y_val)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
         since = 0 if auroc > best else since + 1
@@ -504,10 +508,8 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     model.add_on.weight.data = (Z @ V)[:, :, None].clone()
     model.add_on.bias.data = -(Z @ centre)
 
-    if cfg.prototypes == "random":
-        return model
     T, p = common.WINDOW[kind], []
-    for c, k in enumerate(meta["per_class"]):
+    for c, k in enumerate(meta["per_class"] if cfg.prototypes == "data" else ()):
         members = np.flatnonzero(carries[:, c])
         windows = z[members].unfold(2, T, 1).permute(0, 2, 1, 3).flatten(2)           # [n, windows, D T]
         unit = torch.nn.functional.normalize(windows, dim=2)
@@ -518,8 +520,9 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
             p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_)
         else:
             p.append(unit[np.arange(k) % len(unit)])
-    centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
-    model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)[0]
+    if p:
+        centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
+        model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)[0]
     if cfg.head == "refit":
         refit_head(model, z, carries)
     return model
@@ -667,7 +670,7 @@ def main():
             three = {"nargs": 3} if field.type is tuple else {}  # one for each branch
             value = type(field.default[0]) if three else field.type
             kind = {bool: boolean, int: whole, float: amount}.get(value, value)
-            metavar = {bool: "yes|no", int: "N", float: "X", str: "|".join(CHOICES.get(field.name, ()))}[value]
+            metavar = "|".join(map(str, CHOICES.get(field.name, ()))) or {bool: "yes|no", int: "N", float: "X"}[value]
             g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, type=kind, default=None, **three,
                            choices=CHOICES.get(field.name), help="default recipe "
                            f"{getattr(common.Config, field.name)}, paper recipe {getattr(common.PAPER, field.name)}")
@@ -704,6 +707,8 @@ def main():
         p.error("--dropout and --blackbox-ema must be below 1")
     if not cfg.start.startswith("blackbox"):  # has no latents yet to take real windows from
         cfg = dataclasses.replace(cfg, prototypes="random")
+    elif cfg.add_on == "sigmoid":
+        p.error("--add-on sigmoid needs --start random or imagenet: a start from a black box is a linear add-on's")
     names = dict.fromkeys(args.model or (["rhythm"] if args.small else common.BRANCHES))
     if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")

@@ -31,6 +31,7 @@ def main():
                    help="no two prototypes of a class on the same window (default: as the recipe says)")
     args = common.parse(p)
     prep = common.load_prep(args.prep)
+    following = {}  # {round: models that have not been through it}
     for name in (names := common.prototype_models(args)):
         began = time.time()
         round_, path = common.newest(args.run / name, "joint", common.command("02_train_joint.py", name))
@@ -80,9 +81,11 @@ def main():
         print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {len(sources)} distinct windows of "
               f"{report['records']} records  fold-9 macro-AUROC {auroc['before']:.4f} -> {auroc['after']:.4f}  "
               f"{time.time() - began:.1f} s{left_out}", flush=True)
-    if round_ < cfg.rounds:
-        following = common.rerun(f"02_train_joint.py --round {round_ + 1}")
-        print(f"the {cfg.recipe} recipe has {cfg.rounds} rounds: next {following}")
+        if round_ < cfg.rounds:
+            following.setdefault(round_ + 1, []).append(name)
+    for number, some in following.items():
+        maker = f"02_train_joint.py --model {' '.join(some)} --round {number}"
+        print(f"the recipe of {', '.join(some)} has more rounds: next {common.rerun(maker)} with the flags of round 1")
     print(f"{args.run}: projected {', '.join(names)}")
 
 

@@ -130,7 +130,8 @@ def feature_sign(H, r, l1, v, tolerance):
 def fit_path(X, Y, off, X_val, y_val, what, recipe):
     """Fit Eq. (10) from strong to weak L1 and keep the strength with fold 9's best macro-AUROC.
 
-    Strengths that leave more than MOST_OFF[recipe] of the off-class weights are not considered: nobody could read them.
+    Strengths that leave more than MOST_OFF[recipe] of the off-class weights are not considered, but for the strongest:
+    nobody could read them.
     X [N, P], X_val [M, P] standardised, Y [N, C], y_val [M, C], off [C, P]. Returns W, b, the table of the path and the
     strength chosen.
     """
@@ -178,9 +179,9 @@ def main():
     if predictions_path.is_file():
         old = common.load_json(predictions_path, "04_fusion.py")
         if old.get("inputs") == predictions["inputs"] and old.get("models"):
-            predictions = old  # of models that have gone since, nothing stays
-            predictions["models"] = {n: m for n, m in old["models"].items()
-                                     if all((args.run / k).is_file() for k in m["inputs"])}
+            predictions = old  # of models that are others now or gone, nothing stays
+            predictions["models"] = {n: m for n, m in old["models"].items() if all(
+                (args.run / k).is_file() and common.file_hash(args.run / k) == v for k, v in m["inputs"].items())}
     predictions["left_out"] = prep.info["without_training_record"]
     summary = {}
 
@@ -259,14 +260,11 @@ def main():
             sys.exit(f"{path.with_name('prototypes.json')} does not fit {path}: "
                      f"{common.rerun(maker)} again")
         before = common.load_model(joint, common.command("02_train_joint.py", name, round_), device)[0]
-        projected, unprojected = model.p.data, before.p.data
 
         def both_scores(x):
             """x [B, 12, 1000] -> similarities to the projected and to the unprojected prototypes [B, 2, P]."""
-            z, s = model.latent(x), []
-            for model.p.data in (unprojected, projected):
-                s.append(model.scores(z))
-            return torch.stack(s[::-1], 1)
+            z = model.latent(x)
+            return torch.stack([model.scores(z), before.scores(z)], 1)
 
         parts = np.array_split(np.arange(len(prep.folds)), max(1, len(prep.folds) // 2048))
         parts = tqdm(parts, desc=f"{name}: scores", leave=False, disable=None)

@@ -78,7 +78,8 @@ class Config:
     scale_input: bool = True         # StandardScaler per lead, fitted on folds 1-8 (paper silent)
     start: str = "blackbox-1d"       # backbone starts: random, imagenet (not the 1D models), or a black box of this run
     rhythm_alone: bool = True        # of a start from blackbox-1d: the rhythm branch's is blackbox-rhythm instead
-    pool: str = "meanmax"            # over time, 1D branch and black boxes: mean (paper) or mean and maximum
+    pool: str = "meanmax"            # over time, 1D branch and black boxes: mean (paper) or mean and maximum; black
+                                     # boxes then have dropout .5 before their head
     add_on: str = "whitened"         # whitened: one linear layer fitted to the start; sigmoid: two layers + sigmoid
     prototypes: str = "data"         # start of p: data (real training windows; needs a black-box start) or random
     per_class: tuple = (5, 18, 7)    # prototypes per class: 1D, partial, global (authors' code)
@@ -106,7 +107,7 @@ class Config:
     blackbox_lr: float = 3e-3
     blackbox_ema: float = 0.99       # moving average of a black box's weights over steps; 0 is none
     # Stage 2
-    project_every: int = 1           # epochs between projections within Stage 1, which keep p on real patches; 0: none
+    project_every: int = 1           # 1: project after every epoch of Stage 1 too, which keeps p on real patches; 0: not
     rounds: int = 1                  # how often to run Stages 1 + 2 (paper: twice); see --round
     unique: bool = True              # no two prototypes of a class on the same window
 
@@ -150,7 +151,7 @@ def without_contrastive(cfg):
 # What the settings of several kinds may be
 CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] == "blackbox")),
            "pool": ("mean", "meanmax"), "add_on": ("whitened", "sigmoid"), "prototypes": ("data", "random"),
-           "sampler": ("shuffle", "weighted"),
+           "sampler": ("shuffle", "weighted"), "project_every": (0, 1),
            "head": ("refit", "free", "frozen"), "optimizer": ("adam", "adamw"),
            "scheduler": ("constant", "cosine", "plateau", "step", "cyclic", "onecycle")}
 
@@ -290,7 +291,8 @@ class ProtoECGNet(nn.Module):
             self.add_on = nn.Conv1d(channels, dim, 1)
         p_class = torch.repeat_interleave(torch.arange(len(classes)), torch.as_tensor(per_class))     # [P]
         self.register_buffer("p_class", p_class)
-        self.p = nn.Parameter(torch.rand(len(p_class), dim, WINDOW[kind]))
+        p = torch.rand(len(p_class), dim, WINDOW[kind])
+        self.p = nn.Parameter(p if cfg.add_on == "sigmoid" else p - 0.5)              # among latents, signed or not
         self.head = nn.Linear(len(p_class), len(classes))
         own = F.one_hot(p_class, len(classes)).T.float()                              # [C, P]
         self.head.weight.data = 1.5 * own - 0.5                                       # W_cp = 1 own, -0.5 else (3.5)

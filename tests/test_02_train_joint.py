@@ -173,22 +173,45 @@ def test_options_train(tiny_prep, tmp_path, monkeypatch, flags):
         assert str(cfg[flags[0][2:].replace("-", "_")]).lower() in (flags[1], "true")
 
 
-def test_second_round_starts_from_the_projected_prototypes(tiny_prep, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [["--prototypes", "random"], ["--start", "random"]])
+def test_random_prototypes_start_among_the_latents_and_with_a_solved_head(tiny_prep, tmp_path, monkeypatch, flags):
+    """Not in the positive corner of a signed space, and not with W at 1 / -0.5, which is of another scale."""
+    tiny_prep()
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--epochs", 0, "--blackbox-epochs", 1, *flags)
+    state = weights(run / "rhythm" / "joint.pt")
+    p, W = state["p"].flatten(1), state["head.weight"]
+    assert abs(float(p.mean())) < 0.25 and float(p.min()) < -0.25
+    own = state["p_class"] == torch.arange(len(W))[:, None]
+    assert (W[~own] == 0).all() and W[own].unique().numel() > own.sum() // 2
+
+
+def test_second_round_starts_from_the_projected_prototypes(tiny_prep, tmp_path, monkeypatch, capsys):
     tiny_prep()
     run = train(monkeypatch, tmp_path, "run", "--model", "rhythm")
     with pytest.raises(SystemExit) as e:
         train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2)
     assert "03_project.py" in sentence(e)
     run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", run, "--device", "cpu")
+    assert "rounds" not in capsys.readouterr().out
     train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--epochs", 0)
     projected, second = (weights(run / "rhythm" / f"{n}.pt") for n in ("projected", "joint_r2"))
     assert torch.equal(projected["p"], second["p"])
+    assert not torch.equal(projected["head.weight"], second["head.weight"])  # W is that of the projected prototypes
     tiny_prep("fewer", codes=("SR", "NORM"))
     with pytest.raises(SystemExit) as e:
         train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--force", prep="fewer")
     assert "other labels" in sentence(e)
     run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", run, "--device", "cpu")
     assert (run / "rhythm" / "projected_r2.pt").is_file()
+
+
+def test_projection_names_the_models_whose_recipe_has_more_rounds(tiny_prep, tmp_path, monkeypatch, capsys):
+    tiny_prep()
+    flags = ["--recipe", "paper", "--model", "all-1d", "rhythm"]
+    run = train(monkeypatch, tmp_path, "run", *flags, "--epochs", 0)
+    run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", run, "--device", "cpu", *flags)
+    line = [line for line in capsys.readouterr().out.splitlines() if "more rounds" in line]
+    assert len(line) == 1 and "--model all-1d rhythm --round 2" in line[0] and "--recipe paper" in line[0]
 
 
 def test_non_finite_loss_names_epoch_step_and_term(tiny_prep, tmp_path, monkeypatch):
@@ -259,7 +282,6 @@ def test_resume_trains_again_what_other_arrays_made(tiny_prep, tmp_path, monkeyp
         train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d", "--resume")
     assert "is finished, kept" in capsys.readouterr().out
     common.save_json(prep.path, {**prep.info, "seed": 1})
-    (tmp_path / "run" / "blackbox-1d" / "last.pt").unlink()
     train(monkeypatch, tmp_path, "run", "--model", "blackbox-1d", "--resume")
     assert "kept" not in capsys.readouterr().out
     assert common.load_json(tmp_path / "run" / "blackbox-1d" / "joint.json", "")["inputs"] == {

@@ -360,6 +360,16 @@ def test_a_model_that_has_gone_leaves_no_prediction(run_to_fusion, tmp_path, mon
     assert {*left} == {"rhythm", "rhythm-joint", "rhythm-projected", "rhythm-unprojected"}
 
 
+def test_a_model_trained_again_leaves_no_fusion_of_what_it_was(run_to_fusion, tmp_path, monkeypatch):
+    prep, run = run_to_fusion("again", models=common.BRANCHES)
+    write_joint(run, prep, "rhythm", seed=1)
+    folders = ("--prep", tmp_path / "prep-again", "--run", run, "--device", "cpu", "--model", "rhythm")
+    for name in ("03_project", "04_fusion"):
+        run_stage(monkeypatch, name, *folders)
+    left = json.loads((run / "predictions.json").read_text())["models"]
+    assert {"rhythm", "global"} <= {*left} and not {"fusion", "fusion-own"} & {*left}
+
+
 def test_fusion_refuses_prototypes_of_another_training(run_to_fusion, monkeypatch, capsys):
     prep, run = run_to_fusion("stale")
     write_joint(run, prep, "rhythm", seed=1)  # trained again, not projected again
