@@ -580,7 +580,7 @@ def test_full_disk_gives_one_sentence(data, preprocess, tmp_path, monkeypatch):
 def test_really_full_disk(data, tmp_path):
     """A disk of 300 kB in a mount namespace of its own; 13 records need 624 kB."""
     (tmp_path / "prep").mkdir()
-    command = f"""mount -t tmpfs -o size=300k tmpfs "$2" && "$0" "$1" --data "$3" --prep "$2" --threads 1 --device cpu
+    command = """mount -t tmpfs -o size=300k tmpfs "$2" && "$0" "$1" --data "$3" --prep "$2" --threads 1 --device cpu
                   code=$?; ls -A "$2"; exit $code"""
     done = subprocess.run(["unshare", "-rm", "sh", "-c", command, sys.executable, str(ROOT / "01_preprocess.py"),
                            str(tmp_path / "prep"), str(data)], capture_output=True, text=True, timeout=180)
