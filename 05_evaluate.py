@@ -367,7 +367,7 @@ def interpretability(run, prep, models, device, seed):
     rows = np.sort(rng.choice(test, min(1000, len(test)), replace=False))
     x = np.array(prep.signals[rows])
     variants, found, seen_by = {"": (x, 0), **disturbed(x, rng)}, {}, {}
-    for name in tqdm(names, desc="interpretability", leave=False):
+    for name in tqdm(names, desc="interpretability", leave=False, disable=None):
         (source, *_), maker = models[name]["inputs"], common.command("04_fusion.py", name)
         network = common.load_model(run / source, maker, device)[0]
         head = common.load_head(run / name / "classifier.pt", maker)[1]
@@ -1138,7 +1138,7 @@ def main():
     weights = patient_weights(prep.patient_ids[prep.test], DRAWS, args.seed)
     aurocs = {n: np.full((1 + DRAWS, len(CODES)), np.nan) for n in models}
     with threadpool_limits(1):  # many small products: on a busy machine threads would wait for each other
-        for name, model in tqdm(models.items(), desc="bootstrap", leave=False):
+        for name, model in tqdm(models.items(), desc="bootstrap", leave=False, disable=None):
             for c in columns(model["classes"]):
                 aurocs[name][:, c] = weighted_auroc(y[:, c], model["fold 10"][:, c], weights)
 
