@@ -19,8 +19,8 @@ writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log
     python 02_train_joint.py --model rhythm --tune 200 --study sqlite:///tune.db
                                                  search better settings: RUN/MODEL/tuned.json, which --config takes
 
-Takes, on 2 CPU cores with AVX512-bf16, half an hour for each of the two black boxes and 22 minutes for the three branches;
-less than half of that at --width 32. Not yet timed on a GPU.
+Takes, on 2 CPU cores with AVX512-bf16, half an hour for each of the two black boxes and 22 minutes for the three
+branches; less than half of that at --width 32. Not yet timed on a GPU.
 Last line: `runs/default: rhythm 0.9500, morphology 0.9000, global 0.9400 (fold-9 macro-AUROC)`, with your own numbers.
 """
 import copy

@@ -200,8 +200,8 @@ def main():
         common.save_json(predictions_path, predictions)
 
     def classify(name, about, scores, before, own_records, p_code, classes, inputs, meta, path, own_only=False):
-        """Fit Eq. (10) for `classes` on scores [N, P] of prototypes with codes p_code [P]; save it with its logits. Then
-        at the same strength on the scores `before` projection, of which only the logits are kept."""
+        """Fit Eq. (10) for `classes` on scores [N, P] of prototypes with codes p_code [P]; save it with its logits.
+        Then at the same strength on the scores `before` projection, of which only the logits are kept."""
         Y = prep.labels[prep.train][:, common.columns(classes)].astype(np.float64)
         y_val = prep.labels[prep.val][:, common.columns(classes)]
         off = np.array([[q != c for q in p_code] for c in classes])                         # [C, P]
@@ -229,8 +229,9 @@ def main():
                 common.save_json(path.with_suffix(".json"), meta)
                 common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
                                       dict(W=W, b=b, mean=mean, std=std).items()}})
-            print(f"{key:22s} fold 9 {summary[key]:.4f}  {nonzero:6,} of {W.size:6,} weights  "
-                  f"{'own class only' if own_only else f'lambda {strength:.0e}'}  {time.time() - began:.1f} s", flush=True)
+            how = "own class only" if own_only else f"lambda {strength:.0e}"
+            print(f"{key:22s} fold 9 {summary[key]:.4f}  {nonzero:6,} of {W.size:6,} weights  {how}  "
+                  f"{time.time() - began:.1f} s", flush=True)
 
     # Black boxes: their own logits
     present = [m for m in MODELS if any(list((args.run / m).glob(f"{f}*.pt")) for f in ("joint", "projected"))]

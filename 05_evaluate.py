@@ -408,8 +408,8 @@ def measure(paths, outputs, device, threads):
 
     paths: joint.pt of a black box, projected.pt of a branch, or those of all branches of a fusion with `outputs`
     labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (fastest of 25 and
-    5 repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on a
-    GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
+    5 repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on
+    a GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"

@@ -107,7 +107,7 @@ class Config:
     blackbox_lr: float = 3e-3
     blackbox_ema: float = 0.99       # moving average of a black box's weights over steps; 0 is none
     # Stage 2
-    project_every: int = 1           # 1: project after every epoch of Stage 1 too, which keeps p on real patches; 0: not
+    project_every: int = 1           # 1: project after every epoch of Stage 1 too, which keeps p on real patches; 0: no
     rounds: int = 1                  # how often to run Stages 1 + 2 (paper: twice); see --round
     unique: bool = True              # no two prototypes of a class on the same window
 

@@ -520,7 +520,8 @@ def test_tuning_errors_are_one_sentence(tiny_prep, tmp_path, monkeypatch, capsys
     tiny_prep()
     (tmp_path / "none.json").write_text('{"per_class": [0, 18, 7]}')
     for wrong, says in ((["--tune", 3], "--study"), (["--study", "x"], "--tune"), (["--tune", 0, "--study", "x"], "1"),
-                        (["--tune", 3, "--study", "x"], "--model"), (["--config", tmp_path / "none.json"], "--per-class"),
+                        (["--tune", 3, "--study", "x"], "--model"),
+                        (["--config", tmp_path / "none.json"], "--per-class"),
                         (["--model", "blackbox-1d", "--tune", 3, "--study", "x"], "prototype model")):
         with pytest.raises(SystemExit) as e:
             train(monkeypatch, tmp_path, "run", *wrong)

@@ -52,8 +52,8 @@ def made(tmp_path_factory):
 
 
 def namespace(made, **more):
-    return SimpleNamespace(**{"run": made.run, "prep": made.prep.path.parent, "model": None, "force": False, "label": None,
-                              "device": "cpu", "threads": 1, "record": None, "top": 3, **more})
+    return SimpleNamespace(**{"run": made.run, "prep": made.prep.path.parent, "model": None, "force": False,
+                              "label": None, "device": "cpu", "threads": 1, "record": None, "top": 3, **more})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +493,8 @@ def test_review_in_a_browser(browser, pages, made, tmp_path):
 
 
 def test_a_label_can_be_asked_for_predicted_or_not(made, monkeypatch):
-    ecg_id, label = int(made.prep.ecg_ids[made.prep.test][0]), common.load_json(made.run / "fusion.json", "")["classes"][-1]
+    ecg_id = int(made.prep.ecg_ids[made.prep.test][0])
+    label = common.load_json(made.run / "fusion.json", "")["classes"][-1]
     flags = [*made.args, "--case", ecg_id, "--top", 1, "--label"]
     run_stage(monkeypatch, "06_plot_prototypes", *flags, label)
     case = json.loads((made.run / "cases" / f"{ecg_id}.json").read_text())

@@ -486,7 +486,8 @@ def project_by_class(z_of_class, ids_of_class, p, p_class, unique=False, runners
     for c in p_class.unique().tolist():
         own, z, ids = torch.where(p_class == c)[0], z_of_class(c), ids_of_class(c)
         all_carry = np.ones((len(z), 1), bool)
-        projected[own], some = common.project(z, all_carry, ids, p[own], torch.zeros(len(own), dtype=int), unique, runners)
+        zeros = torch.zeros(len(own), dtype=int)
+        projected[own], some = common.project(z, all_carry, ids, p[own], zeros, unique, runners)
         for j, f in zip(own.tolist(), some):
             found[j] = f
     return projected, found
