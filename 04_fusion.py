@@ -179,9 +179,7 @@ def main():
     if predictions_path.is_file():
         old = common.load_json(predictions_path, "04_fusion.py")
         if old.get("inputs") == predictions["inputs"] and old.get("models"):
-            predictions = old  # of models that are others now or gone, nothing stays
-            predictions["models"] = {n: m for n, m in old["models"].items() if all(
-                (args.run / k).is_file() and common.file_hash(args.run / k) == v for k, v in m["inputs"].items())}
+            predictions = old
     predictions["left_out"] = prep.info["without_training_record"]
     summary = {}
 
@@ -302,6 +300,11 @@ def main():
                  args.run / "fusion.pt")
         classify("fusion-own", "fusion with own-class weights only", scores, scores_before, rows, p_code, classes,
                  inputs, made, args.run / "fusion-own.pt", own_only=True)
+
+    # Of models that are others now or gone, nothing stays
+    predictions["models"] = {n: m for n, m in predictions["models"].items() if all(
+        (args.run / k).is_file() and common.file_hash(args.run / k) == v for k, v in m["inputs"].items())}
+    common.save_json(predictions_path, predictions)
 
     # Macro aggregation: each label from its own branch
     for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):

@@ -165,8 +165,8 @@ def load_run(run, prep, force):
         sys.exit(f"{path} names no model: {again}")
     if saved["inputs"]["prep"] != common.file_hash(prep.path):
         stale.append(f"{path} was made from another {prep.path}: {again}")
-    made_from = {run / k: v for m in models.values() for k, v in m["inputs"].items()}
-    for source, fingerprint in made_from.items():
+    made_from = {(run / k, v) for m in models.values() for k, v in m["inputs"].items()}
+    for source, fingerprint in sorted(made_from):
         latest = source.is_file() and common.newest(source.parent, source.stem.partition("_r")[0], "")[1] == source
         if not latest or common.file_hash(source) != fingerprint:
             stale.append(f"{source} is not what the predictions were made from: {again}")
