@@ -492,8 +492,8 @@ def test_two_workers_share_a_study(tiny_prep, tmp_path, monkeypatch):
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     texts = [w.communicate() for w in workers]
     assert [w.returncode for w in workers] == [0, 0], texts
-    assert all("epoch   1/1" in out for out, _ in texts)
     found = trials(study)
+    assert sum(out.count("epoch   1/1") for out, _ in texts) == len(found)  # none was done twice
     assert 4 <= len(found) <= 5 and len({t.params["lr"] for t in found}) == len(found)
     assert json.loads((run / "rhythm" / "tuned.json").read_text())["val_auroc"] == max(t.value for t in found)
 
