@@ -65,10 +65,14 @@ for line in sys.stdin:
             if isinstance(e.code, str):
                 print(e.code, file=sys.stderr)
             code = e.code if isinstance(e.code, int) else 1
+        except KeyboardInterrupt:
+            pass  # before the stage began or after it had ended: within it common.run makes it one sentence
         except BaseException:
             import traceback
             traceback.print_exc()
             code = 9
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()
         os._exit(code)
     os.read(ready, 1)
