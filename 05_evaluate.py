@@ -698,6 +698,11 @@ def fill(text, what, parts):
     return "\n\n".join([text.split(begin)[0] + begin, *parts, end]) + text.split(end)[1]
 
 
+def folded(title, *parts):
+    """Paragraphs of the README that a click unfolds."""
+    return [f"<details><summary>{title}</summary>", *parts, "</details>"]
+
+
 def readme():
     """Write the tables of tests/results/*.json between README.md's markers, pooling runs that differ in seed."""
     keys = "recipe seed width contrastive config counts predictions differences cost trained hardware".split()
@@ -708,8 +713,12 @@ def readme():
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
     same = {}  # runs that differ in nothing but seed and contrastive loss, by what they have in common
     for run in runs:
-        what = f"{run['recipe']} recipe, width {run['width']}, {run['counts']['test']:,} test records"
-        same.setdefault((what, ", ".join(changed(run))), []).append(run)
+        epochs, other = run["config"].get("epochs"), ", ".join(changed(run, ("seed", "width", "epochs")))
+        shorter = f", {epochs} epochs" * (epochs != common.RECIPES[run["recipe"]].epochs)
+        what = f"{run['recipe']} recipe, width {run['width']}{shorter}"
+        if run["counts"]["test"] != 2198:
+            what += f", {run['counts']['test']:,} test records"
+        same.setdefault((what, other), []).append(run)
 
     def first_seed(some):
         return min(r["seed"] for r in some)
@@ -725,43 +734,49 @@ def readme():
         interval = f" [{number(values[:, 1].mean())}, {number(values[:, 2].mean())}]" if key == "auroc" else ""
         return f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))} ({len(found)} seeds){interval}"
 
-    tables, ablations = [], []
-    order = sorted(same, key=lambda key: (same[key][0]["recipe"], -same[key][0]["width"], key))
-    for (what, other), some in ((key, same[key]) for key in order):
-        names = ("fusion", "fusion-own", *BRANCHES)
-        ablations += [[f"{what.partition(',')[0]}, {what.split(', ')[1]}: {other or 'as it is'}"
-                       f"{'' if contrastive else ', no contrastive'}",
-                       *(pooled(those, n, None, key) for n in names for key in ("fold 9", "auroc"))]
-                      for contrastive in (True, False)
-                      if (those := [r for r in some if r["contrastive"] == contrastive])]
+    recipes, tables, ablations, measured = {}, [], [], {}
+    names = ("fusion", "fusion-own", *BRANCHES)
+    for what, other in sorted(same, key=lambda key: (same[key][0]["recipe"], -same[key][0]["width"], key)):
+        some = sorted(same[what, other], key=lambda r: (not r["contrastive"], r["seed"]))
+        for contrastive in (True, False):
+            those, plain_ = [r for r in some if r["contrastive"] == contrastive], ", no contrastive" * (not contrastive)
+            if those:
+                ablations.append([f"{what}: {other or 'as it is'}{plain_}", *(
+                    pooled(those, n, None, key) for n in names for key in ("fold 9", "auroc"))])
+            found = those[0].get("interpretability", {}).get("", {}) if those and not other else {}
+            if set(BRANCHES) <= set(found):  # of the first seed
+                measured[what + plain_] = [found[m] for m in (*BRANCHES, "fusion") if m in found]
         if other:
             continue
-        first = min(some, key=lambda r: (not r["contrastive"], r["seed"]))
+        recipes[what], first = some, some[0]
         times = ", ".join(f"{n} {t['seconds'] / 60:.0f} ({t.get('threads', '?')})" for n, t in first["trained"].items()
                           if t.get("seconds"))
-        tables += [f"**{what}**", paper_table(lambda *a: pooled(some, *a)),
-                   f"By the authors' measure, the mean over batches of {BATCH}:",
-                   paper_table(lambda *a: pooled(some, *a, key="per batch")),
-                   f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
-                   cost_table(first),
-                   f"Minutes of Stage 1 on {first['hardware']} (threads): {times or 'not known'}.",
-                   f"Paired differences on the test set, seed {first['seed']}:",
-                   table(["question", "difference", "AUROC [95 %]", "answer"],
-                         [[question, pair, cell(v[:3], "+"), answer(question, v)] for r in some
-                          if r["seed"] == first["seed"] for question, rows in r["differences"].items()
-                          if r is first or "4.2" in question for pair, v in rows.items() if v[3]])]
+        tables += folded(
+            f"{what}: Tables 1 and 2, the cost of interpretability, paired differences",
+            paper_table(lambda *a: pooled(some, *a)),
+            f"By the authors' measure, the mean over batches of {BATCH}:",
+            paper_table(lambda *a: pooled(some, *a, key="per batch")),
+            f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
+            cost_table(first),
+            f"Minutes of Stage 1 on {first['hardware']} (threads): {times or 'not known'}.",
+            f"Paired differences on the test set, seed {first['seed']}:",
+            table(["question", "difference", "AUROC [95 %]", "answer"],
+                  [[question, pair, cell(v[:3], "+"), answer(question, v)] for r in some
+                   if r["seed"] == first["seed"] for question, rows in r["differences"].items()
+                   if r is first or "4.2" in question for pair, v in rows.items() if v[3]]))
+    rows = [(setting, name, on) for setting, name, _, on, *_ in PAPER]
+    rows += [("fusion, own-class weights only", "fusion-own", None), ("black box, 1D, 71", "blackbox-1d", .9219)]
+    glance = [table(["macro-AUROC, fold 10", "paper*", *recipes],
+                    [[setting, number(paper), *(pooled(some, name, None if name == "blackbox-1d" else True)
+                                                for some in recipes.values())] for setting, name, paper in rows]),
+              "\\* the mean over batches that its authors logged, a different quantity: ours by that measure are below."]
     if any(other for _, other in same):
-        tables += ["**Ablations** (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
-                   table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations)]
-    kinds = {}  # interpretability side by side, of the first run of a kind
-    for run in sorted(runs, key=lambda r: (r["recipe"], -r["contrastive"], r["width"], r["seed"])):
-        what = f"{run['recipe']}{'' if run['contrastive'] else ', no contrastive'}, width {run['width']}"
-        if set(BRANCHES) <= set(found := run.get("interpretability", {}).get("", {})):
-            kinds.setdefault(what, [found[m] for m in (*BRANCHES, "fusion") if m in found])
-    if kinds:
-        tables += ["**Interpretability** (rhythm / morphology / global / fusion; a single value is of morphology)",
-                   interpretability_table(kinds), definitions()]
-    text = fill(fill(text, "results", tables), "course", [course_table(runs, pooled)])
+        tables += folded("Ablations (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
+                         table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations))
+    if measured:
+        tables += folded("Interpretability (rhythm / morphology / global / fusion; a single value is of morphology)",
+                         interpretability_table(measured), definitions())
+    text = fill(fill(text, "results", glance + tables), "course", [course_table(runs, pooled)])
     with common.replacing(path) as t:
         t.write_text(text, encoding="utf-8")
     print(f"{path.name}: tables of {len(runs)} runs")

@@ -589,18 +589,19 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
                      r"end\Z", once, re.DOTALL)
     assert "stale" not in once and "Ablations" not in once
     assert f"{ev.number(np.mean(values[:3]))} ± {ev.number(np.std(values[:3], ddof=1))} (3 seeds)" in once
-    wide, narrow = once.split("**Interpretability**")[0].split("**default recipe, width ")[1:]
-    assert wide.startswith("64, 170 test records**") and narrow.startswith("32, 170 test records**")
+    glance, wide, narrow = once.split("<details><summary>default recipe, width ")
+    assert wide.startswith("64, 170 test records: ") and narrow.startswith("32, 170 test records: ")
     assert ev.number(values[3]) in wide and "(2 seeds)" in narrow
+    row = next(line for line in glance.splitlines() if line.startswith("| rhythm branch, 16 labels"))
+    assert "| .8758 " in row and "(3 seeds)" in row and "(2 seeds)" in row and ev.number(values[3]) not in row
     other = fake_run(tmp_path / "ablation", prep, ["rhythm"], top_k=30, a=(1.0, 2.0, 1.0))
     metrics = evaluate(monkeypatch, other, prep, "--save", "ablation")["predictions"]["rhythm"]
     run_stage(monkeypatch, "05_evaluate", "--readme")
-    table = page.read_text().partition("**Ablations**")[2]
-    before = page.read_text().partition("**Ablations**")[0]
-    assert before.count("**default recipe, width 64") == 1  # no table of its own
-    row = next(line for line in table.splitlines() if "width 64: a [1.0, 2.0, 1.0], top_k 30" in line)
+    before, _, table = page.read_text().partition("<summary>Ablations ")
+    assert before.count("<summary>default recipe, width 64") == 1  # no table of its own
+    row = next(line for line in table.splitlines() if "width 64, 170 test records: a [1.0, 2.0, 1.0], top_k 30" in line)
     assert ev.cell(metrics["auroc"]) in row and ev.number(metrics["fold 9"]) in row
-    assert "width 64: as it is " in table and "width 64: as it is, no contrastive " in table and "(3 seeds)" in table
+    assert "records: as it is " in table and "records: as it is, no contrastive " in table and "(3 seeds)" in table
     page.write_text("no markers")
     with pytest.raises(SystemExit) as error:
         run_stage(monkeypatch, "05_evaluate", "--readme")
@@ -609,6 +610,28 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run_stage(monkeypatch, "05_evaluate", "--readme")
     assert "course:begin" in sentence(error)
+
+
+def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(monkeypatch, made, tmp_path):
+    results = tmp_path / "tests" / "results"
+    results.mkdir(parents=True)
+    page = tmp_path / "README.md"
+    page.write_text("<!-- results:begin -->\n<!-- results:end -->\n<!-- course:begin -->\n<!-- course:end -->")
+    monkeypatch.setattr(ev, "HERE", tmp_path)
+    for name, dead, changes in (("a", 11, {"top_k": 1}), ("b", 22, {}), ("c", 33, {"seed": 43}), ("d", 44, {"epochs": 2}),
+                                ("e", 55, {"lambda_cntrst": 0.0})):
+        cfg = json.loads(json.dumps(vars(common.replace(common.Config(), **changes))))
+        saved = {**made[2], "config": cfg, "seed": cfg["seed"], "contrastive": cfg["lambda_cntrst"] != 0,
+                 "interpretability": {"": {m: {"dead": dead} for m in common.BRANCHES}}}
+        (results / f"{name}.json").write_text(json.dumps(saved))
+    run_stage(monkeypatch, "05_evaluate", "--readme")
+    lines = page.read_text().partition("<summary>Interpretability")[2].splitlines()
+    head, dead = ([c.strip() for c in next(x for x in lines if x.startswith(start)).split("|")[2:-1]]
+                  for start in ("|  ", "| dead"))
+    n = f", {made[2]['counts']['test']} test records"
+    assert dict(zip(head, dead)) == {  # of the first seed; an ablation's stand in its own file only
+        f"default recipe, width 64{n}": "22 / 22 / 22", f"default recipe, width 64, 2 epochs{n}": "44 / 44 / 44",
+        f"default recipe, width 64{n}, no contrastive": "55 / 55 / 55"}
 
 
 def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
