@@ -698,6 +698,20 @@ def fill(text, what, parts):
     return "\n\n".join([text.split(begin)[0] + begin, *parts, end]) + text.split(end)[1]
 
 
+def paired_table(some):
+    """Paired differences of runs that differ in seed (and in contrastive loss, which only answers 4.2), side by side."""
+    seeds, rows = sorted({r["seed"] for r in some}), {}
+    for r in some:
+        for question, pairs in r["differences"].items():
+            for pair, v in pairs.items():  # no interval: predictions of one and the same model
+                if v[3] and v[1] < v[2] and (r["contrastive"] == some[0]["contrastive"] or "4.2" in question):
+                    rows.setdefault((question, pair), {}).setdefault(r["seed"], v)
+    return table(["question", "difference", *(f"seed {seed}: AUROC [95 %]" for seed in seeds), "answer"], [
+        [question, pair, *(cell(v[seed][:3], "+") if seed in v else "–" for seed in seeds),
+         " / ".join(dict.fromkeys(answer(question, v[seed]) for seed in seeds if seed in v))]
+        for (question, pair), v in rows.items()])
+
+
 def folded(title, *parts):
     """Paragraphs of the README that a click unfolds."""
     return [f"<details><summary>{title}</summary>", *parts, "</details>"]
@@ -741,8 +755,11 @@ def readme():
         for contrastive in (True, False):
             those, plain_ = [r for r in some if r["contrastive"] == contrastive], ", no contrastive" * (not contrastive)
             if those:
-                ablations.append([f"{what}: {other or 'as it is'}{plain_}", *(
-                    pooled(those, n, None, key) for n in names for key in ("fold 9", "auroc"))])
+                rows = {f"{what}: {other or 'as it is'}{plain_}": those}
+                if len(those) > 1 and not other:  # what an ablation, of one seed, is to be compared with
+                    rows[f"{what}: as it is, seed {those[0]['seed']}"] = those[:1]
+                ablations += [[setting, *(pooled(each, n, None, key) for n in names for key in ("fold 9", "auroc"))]
+                              for setting, each in rows.items()]
             found = those[0].get("interpretability", {}).get("", {}) if those and not other else {}
             if set(BRANCHES) <= set(found):  # of the first seed
                 measured[what + plain_] = [found[m] for m in (*BRANCHES, "fusion") if m in found]
@@ -759,17 +776,18 @@ def readme():
             f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
             cost_table(first),
             f"Minutes of Stage 1 on {first['hardware']} (threads): {times or 'not known'}.",
-            f"Paired differences on the test set, seed {first['seed']}:",
-            table(["question", "difference", "AUROC [95 %]", "answer"],
-                  [[question, pair, cell(v[:3], "+"), answer(question, v)] for r in some
-                   if r["seed"] == first["seed"] for question, rows in r["differences"].items()
-                   if r is first or "4.2" in question for pair, v in rows.items() if v[3]]))
+            "Paired differences on the test set:", paired_table(some))
     rows = [(setting, name, on) for setting, name, _, on, *_ in PAPER]
     rows += [("fusion, own-class weights only", "fusion-own", None), ("black box, 1D, 71", "blackbox-1d", .9219)]
-    glance = [table(["macro-AUROC, fold 10", "paper*", *recipes],
-                    [[setting, number(paper), *(pooled(some, name, None if name == "blackbox-1d" else True)
-                                                for some in recipes.values())] for setting, name, paper in rows]),
-              "\\* the mean over batches that its authors logged, a different quantity: ours by that measure are below."]
+    glance = [[setting, number(paper), *(pooled(some, name, None if name == "blackbox-1d" else True, key)
+                                         for key in ("per batch", "auroc") for some in recipes.values())]
+              for setting, name, paper in rows]
+    seeds = {what: sorted({r["seed"] for r in some if r["contrastive"]}) for what, some in recipes.items()}
+    heads = [what + f", seed {seeds[what][0]}" * (len(seeds[what]) == 1) for what in recipes]
+    glance = [table(["macro-AUROC", "paper*", *(f"{what}*" for what in heads), *heads], glance),
+              f"\\* the measure of the authors' code: the mean over batches of {BATCH} test records of the macro-AUROC over "
+              "the labels that have both a positive and a negative in the batch. Without the star: on all of fold 10 at "
+              "once, [95 % interval]."]
     if any(other for _, other in same):
         tables += folded("Ablations (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
                          table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations))

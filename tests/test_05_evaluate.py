@@ -634,6 +634,22 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
         f"default recipe, width 64{n}, no contrastive": "55 / 55 / 55"}
 
 
+def test_paired_differences_of_seeds_stand_side_by_side():
+    def run(seed, contrastive, differences):
+        return {"seed": seed, "contrastive": contrastive, "differences": differences}
+
+    branches, help_ = "Do three branches beat one? (4.1)", "Does the contrastive loss help? (4.2)"
+    lines = ev.paired_table([
+        run(42, True, {branches: {"a - b": [.02, .01, .03, 71, 71], "a - lost": [None, None, None, 0, 71]},
+                       help_: {"a - a of plain": [.001, -.01, .01, 71, 71], "box - box of plain": [0, 0, 0, 71, 71]}}),
+        run(43, True, {branches: {"a - b": [.01, -.01, .03, 71, 71]}}),
+        run(42, False, {branches: {"a - c": [.02, .01, .03, 71, 71]}})]).splitlines()
+    rows = {tuple(c.strip() for c in line.split("|")[2:-1]) for line in lines[2:]}
+    assert "seed 42" in lines[0] and "seed 43" in lines[0] and rows == {
+        ("a - b", "+.0200 [+.0100, +.0300]", "+.0100 [-.0100, +.0300]", "yes / no difference shown"),
+        ("a - a of plain", "+.0010 [-.0100, +.0100]", "–", "no difference shown")}
+
+
 def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
     def saved(name="rhythm", value=0.9, test=2198, efficient=True, recipe="default", **settings_):
         cfg = common.replace(common.RECIPES[recipe], **settings_)
