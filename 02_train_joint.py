@@ -21,7 +21,8 @@ writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log
 
 Takes, on 2 CPU cores with AVX512-bf16, half an hour for each of the two black boxes and 22 minutes for the three
 branches; less than half of that at --width 32. Not yet timed on a GPU.
-Last line: `runs/default: rhythm 0.9500, morphology 0.9000, global 0.9400 (fold-9 macro-AUROC)`, with your own numbers.
+Last line: `runs/default: blackbox-rhythm 0.9700, blackbox-1d 0.9300, rhythm 0.9600, morphology 0.9200, global 0.9400
+(fold-9 macro-AUROC)`, with your own numbers.
 """
 import copy
 import dataclasses
@@ -146,7 +147,7 @@ def over_ranks(model):
 
 
 @torch.no_grad()
-def validate(model, x, y):
+def validate(name, model, x, y):
     """Macro-AUROC of a model on x [N, 12, 1000], y [N, C], in float32; every rank computes its share of the logits."""
     model.eval()
     logits = torch.zeros_like(y)
@@ -155,7 +156,8 @@ def validate(model, x, y):
     if WORLD > 1:
         dist.all_reduce(logits)
     if not logits.isfinite().all():
-        raise Diverged("a logit on fold 9 is not a number any more: train again with a lower learning rate")
+        raise common.Diverged(f"{name}: a logit on fold 9 is not a number any more: train again with a lower "
+                              "learning rate")
     return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy())
 
 
@@ -282,7 +284,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     terms = ("total", "bce") if black_box else ("total", "bce", "clst", "sep", "div", "cntrst")
     log, best, best_state, since, first, seconds = [], -np.inf, None, 0, 1, 0.0
 
-    saved = common.load_pt(last, "02_train_joint.py", device) if args.resume and last.is_file() else None
+    saved = common.load_pt(last, "02_train_joint.py") if args.resume and last.is_file() else None
     if saved and {**saved["meta"], "versions": 0, "code": 0} != {**meta, "versions": 0, "code": 0}:
         if not done or {**done, **saved["meta"]} != done:  # not what the training left whose joint.pt is replaced now
             sys.exit(f"{last} is of another setting or data set: train without --resume, or in another --run")
@@ -294,12 +296,12 @@ def train(name, args, cfg, prep, folder=None, report=None):
         scheduler.load_state_dict(saved["scheduler"])
         log, best, best_state, since = saved["log"], saved["best"], saved["best_state"], saved["since"]
         first, seconds = len(log) + 1, saved["seconds"]
-        torch.set_rng_state(saved["random"].cpu())
+        torch.set_rng_state(saved["random"])
         if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["random_cuda"].cpu(), device)
+            torch.cuda.set_rng_state(saved["random_cuda"], device)
         print(f"{name}: resumed after epoch {len(log)}")
     elif not black_box:  # the start counts as epoch 0, so that training can only be kept if it helps fold 9
-        best = validate(model, x[val_rows], y_val)
+        best = validate(name, model, x[val_rows], y_val)
         best_state = copy.deepcopy(model.state_dict())
         print(f"{name}: {len(model.p)} prototypes for {len(classes)} labels; at the start val {best:.4f}", flush=True)
 
@@ -321,9 +323,8 @@ def train(name, args, cfg, prep, folder=None, report=None):
             with autocast:
                 logits, s = net(augment(x_batch) if cfg.augment else x_batch)
             if black_box:
-                bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y_batch, reduction="none")
-                total = (bce if w is None else w * bce).mean()
-                loss = {"total": total, "bce": total}
+                bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y_batch, w)
+                loss = {"total": bce, "bce": bce}
             else:
                 loss = common.composite_loss(logits.float(), s, y_batch, model.p, model.p_class, jaccard,
                                              cfg.lambdas, w)
@@ -346,8 +347,9 @@ def train(name, args, cfg, prep, folder=None, report=None):
         if not seen.isfinite().all():
             step = int((~seen.isfinite()).any(1).nonzero()[0])
             bad = [t for t, v in zip(terms, seen[step]) if not v.isfinite()][-1]
-            raise Diverged(f"{name}: the {bad} term became {float(seen[step, terms.index(bad)])} in epoch {epoch}, "
-                           f"step {step + 1}: train again with a lower --lr")
+            value = float(seen[step, terms.index(bad)])
+            raise common.Diverged(f"{name}: the {bad} term became {value} in epoch {epoch}, "
+                                  f"step {step + 1}: train again with a lower --{'blackbox-' * black_box}lr")
         if not black_box and RANK == 0:
             p = model.p.detach().clone()
             if cfg.head == "refit" or cfg.project_every:
@@ -359,7 +361,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
         if not black_box and WORLD > 1:
             for theirs in (model.p, model.head.weight, model.head.bias):
                 dist.broadcast(theirs.data, 0)
-        auroc = validate(average, x[val_rows], y_val)
+        auroc = validate(name, average, x[val_rows], y_val)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
         since = 0 if auroc > best else since + 1
@@ -410,10 +412,6 @@ def train(name, args, cfg, prep, folder=None, report=None):
     if WORLD > 1:
         dist.barrier()
     return best
-
-
-class Diverged(SystemExit):
-    """A loss that is no number any more: the end of a training, with one sentence, and of a trial of --tune."""
 
 
 def round_before(args, name):
@@ -477,8 +475,8 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
 
     The add-on maps each latent step to the black box's class directions (the rows of a head solved on its features) and
     whitens them over the training records, so that a cosine compares diagnoses and not the few channels with the
-    largest variance. Prototypes start as real training windows: of each record of a class the window that points most
-    in the class's direction, of these the ones nearest to k-means centres.
+    largest variance. Prototypes start as real training windows: k-means groups, of each record of a class, the window
+    that points most in the class's direction, and the class's windows nearest to the centres are taken.
     """
     kind, box = MODELS[name][0], common.start_of(name, cfg)
     path, maker = args.run / box / "joint.pt", common.command("02_train_joint.py", box)
@@ -516,10 +514,8 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
         direction = unit.mean((0, 1))
         best = (unit @ direction).argmax(1)                                           # [n] the window of each record
         unit = unit[torch.arange(len(unit)), best].numpy()
-        if k <= len(unit):
-            p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_)
-        else:
-            p.append(unit[np.arange(k) % len(unit)])
+        p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_ if k <= len(unit)
+                 else np.resize(unit, (k, unit.shape[1])))                            # each again and again
     if p:
         centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
         model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)[0]
@@ -610,7 +606,7 @@ def tune(name, args, cfg, prep):
         with tempfile.TemporaryDirectory() as folder:  # RUN/MODEL/joint.pt stays as it is
             try:
                 train(name, args, suggest(trial, cfg, args.search, i), prep, common.Path(folder), report)
-            except Diverged as e:
+            except common.Diverged as e:
                 raise optuna.TrialPruned(str(e))
             return after_stage_3(common.Path(folder) / "joint.pt", args, prep)
 
@@ -694,10 +690,12 @@ def main():
     # All of the data on the device (1 GB); on the CPU the memory-mapped file itself
     prep.x = torch.from_numpy(prep.signals).to(args.device)
     cfg = common.recipe(args)
+    if args.no_contrastive:
+        cfg = common.without_contrastive(cfg)
     if args.config:
         cfg = read_config(args.config, cfg)
     if args.no_contrastive:
-        cfg = common.without_contrastive(cfg)
+        cfg = dataclasses.replace(cfg, lambda_cntrst=0.0)
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
                and getattr(args, f.name, None) is not None}
     cfg = dataclasses.replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})

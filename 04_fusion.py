@@ -35,14 +35,18 @@ ENTERING = 64     # weights that may join a class's working set at a time
 TOLERANCE = 1e-5  # on the optimality conditions, in the same units
 
 
-def fit(X, Y, off, strength, W, b, l2=L2, tolerance=TOLERANCE, rounds=200):
-    """Minimise Eq. (10), mean BCE + strength * |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b.
+def fit(X, Y, off, strength, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=200):
+    """Minimise Eq. (10), mean BCE + strength * |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b (if
+    there is none, W = 0 and b at the log odds of each class).
 
     X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another class's prototype
     (strength inf forbids these), all float64. Every class is a convex problem of its own: Newton's method on a working
     set of own-class weights, non-zero weights and those that violate optimality most, each step a small quadratic
     problem with L1. Returns W [C, P], b [C] and the largest violation of the optimality conditions.
     """
+    if W is None:
+        prior = Y.mean(0)
+        W, b = np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9))
     W, b, largest = W.copy(), b.copy(), np.full(len(W), np.inf)
     X_1 = np.column_stack([X, np.ones(len(X))])                                             # the bias comes last
     todo = np.arange(len(W))
@@ -135,10 +139,7 @@ def fit_path(X, Y, off, X_val, y_val, what, recipe):
     X [N, P], X_val [M, P] standardised, Y [N, C], y_val [M, C], off [C, P]. Returns W, b, the table of the path and the
     strength chosen.
     """
-    C, P = off.shape
-    prior = Y.mean(0)
-    W, b = np.zeros((C, P)), np.log(prior / np.maximum(1 - prior, 1e-9))
-    path, fits = [], []
+    path, fits, W, b = [], [], None, None
     for strength in tqdm(STRENGTHS, desc=f"{what}: L1 strengths", leave=False, disable=None):
         W, b, violation = fit(X, Y, off, strength, W, b)
         if fits and off.any() and (W[off] != 0).mean() > MOST_OFF[recipe]:
@@ -189,7 +190,7 @@ def main():
         full = np.full((len(later), len(CODES)), np.nan, np.float32)
         full[:, common.columns(classes)] = logits
         common.save_npy(args.run / f"logits_{name}.npy", full)
-        common.save_npy(args.run / f"probabilities_{name}.npy", 1 / (1 + np.exp(-full.astype(np.float64))))
+        common.save_npy(args.run / f"probabilities_{name}.npy", expit(full.astype(np.float64)))
         on_val = prep.val[later]
         summary[name] = common.macro_auroc(prep.labels[later][on_val][:, common.columns(classes)],
                                            full[on_val][:, common.columns(classes)])
@@ -203,8 +204,7 @@ def main():
         Y = prep.labels[prep.train][:, common.columns(classes)].astype(np.float64)
         y_val = prep.labels[prep.val][:, common.columns(classes)]
         off = np.array([[q != c for q in p_code] for c in classes])                         # [C, P]
-        prior, strength, warnings = Y.mean(0), np.inf, meta["warnings"]
-        W, b = np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9))
+        strength, warnings, W, b = np.inf, meta["warnings"], None, None
         for projected, s in ((True, scores), (False, before)):
             began = time.time()
             X, X_val, X_later, mean, std = standardise(s, prep, own_records)
@@ -270,13 +270,17 @@ def main():
         both = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in parts])  # [N, 2, P]
         scores, scores_before = np.ascontiguousarray(both.transpose(1, 0, 2))
         common.save_npy(path.with_name("scores.npy"), scores)
-        rows = np.searchsorted(prep.ecg_ids, [q["ecg_id"] for q in record["prototypes"]])
+        sources = [q["ecg_id"] for q in record["prototypes"]]
+        if not np.isin(sources, prep.ecg_ids).all():
+            sys.exit(f"{path.with_name('prototypes.json')} names ECGs that {args.prep} does not hold: "
+                     f"{common.rerun(maker)} again")
+        rows = np.searchsorted(prep.ecg_ids, sources)
         p_code = [model.classes[c] for c in model.p_class.tolist()]
         inputs, forced = {f"{name}/{path.name}": common.file_hash(path)}, meta.get("warnings", [])
-        for step, head, s in (("joint", before.head, scores_before), ("projected", model.head, scores)):
+        for step, when, head, s in (("joint", "before", before.head, scores_before),
+                                    ("projected", "after", model.head, scores)):
             with torch.no_grad():
                 logits = head(torch.from_numpy(s[later]).to(device)).cpu().numpy()
-            when = "before" if step == "joint" else "after"
             save_predictions(f"{name}-{step}", f"{name} with Stage 1's head, {when} projection", model.classes, logits,
                              inputs, forced)
         cfg = common.config_of(meta)

@@ -53,9 +53,11 @@ from common import BRANCHES, CODES, GROUPS, MODELS, RATE, SAMPLES, columns, deci
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN is "no such class" here, and the mean of none is NaN
 HERE = Path(__file__).parent
 DRAWS, BATCH, RARE = 1000, 32, 10  # bootstrap draws; the authors' batch; a class with fewer test positives is rare
+DEFAULTS = json.loads(json.dumps(asdict(common.Config())))  # for settings that a run of an older version lacks
 SETS = {**{b: GROUPS[b] for b in BRANCHES},  # Strodthoff et al. 2021 count four of the 16 as diagnostic statements
         "Strodthoff's rhythm": [c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]}
 EFFICIENCY = ["parameters", "MB of weights", "ms per ECG (batch 1 / 256)", "peak MB (batch 1 / 256)"]
+BOXES = [n for n in MODELS if MODELS[n][0] == "blackbox"]
 STEPS = ("-joint", "-projected", "-unprojected")  # predictions on the way to a model's final one
 ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro", "blackbox-ensemble"]
 PAPER = [  # Tables 1 and 2: setting, prediction, AUROC without and with contrastive loss, black box, its AUROC
@@ -175,7 +177,8 @@ def load_run(run, prep, force):
         maker = common.command("02_train_joint.py", name)
         newest = common.newest(run / name, "joint", maker)[1]
         joint[name] = read(newest.with_suffix(".json"), maker, "config", "device")
-        if MODELS[name][0] != "blackbox":
+        joint[name]["config"] = {**DEFAULTS, **joint[name]["config"]}
+        if name not in BOXES:
             found = read(run / name / "prototypes.json", common.command("03_project.py", name), "inputs")
             if found["inputs"].get("joint") != common.file_hash(newest) and not models[name].get("warnings"):
                 stale.append(f"{run / name} was not projected from its {newest.name}: {common.rerun('03_project.py')}, "
@@ -189,9 +192,8 @@ def load_run(run, prep, force):
         if not whole or not np.isfinite(logits[:, columns(model["classes"])]).all():
             sys.exit(f"{path} lacks a number for some record of folds 9 and 10 or some label of the model: {again}")
         model["fold 9"], model["fold 10"] = logits[~on_test], logits[on_test]
-    first, *rest = [n for n in joint if MODELS[n][0] != "blackbox"] or joint
-    settings = {n: {**json.loads(json.dumps(asdict(common.Config()))), **j["config"]} for n, j in joint.items()}
-    stale += [f"{n} has other settings than {first}" for n in rest if settings[n] != settings[first]]
+    first, *rest = [n for n in joint if n not in BOXES] or joint
+    stale += [f"{n} has other settings than {first}" for n in rest if joint[n]["config"] != joint[first]["config"]]
     stale += sorted({w for m in models.values() for w in m.get("warnings", [])} - {*stale})  # forced in 02-04
     for warning in stale:
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -348,7 +350,7 @@ def stability(seen, head, variants, kind):
 def interpretability(run, prep, models, device, seed):
     """{model: {metric: value}} of every prototype model and the fusion in `models`, on fold 10: all of it, or for what
     needs new forward passes 1,000 of its records. Measured once, kept in RUN/interpretability.json."""
-    names = [n for n in models if n in MODELS and MODELS[n][0] != "blackbox"]
+    names = [n for n in models if n in MODELS and n not in BOXES]
     files = [*(run / k for n in names for k in models[n]["inputs"]), *(run / n / "classifier.pt" for n in names)]
     files += [run / "fusion.pt"] * ("fusion" in models)
     if missing := [f for f in files if not f.is_file()]:
@@ -408,8 +410,8 @@ def measure(paths, outputs, device, threads):
 
     paths: joint.pt of a black box, projected.pt of a branch, or those of all branches of a fusion with `outputs`
     labels. Returns parameters, MB of weights, and for batches of 1 and 256 the milliseconds per ECG (fastest of 25 and
-    5 repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of the tensors on
-    a GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
+    5 repeats after one) from mV on the device to logits, and the peak MB (1e6 bytes) from loading on: of what torch
+    allocates on a GPU; on a CPU, by how much the resident set grows over that of Python and its libraries.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"
@@ -645,7 +647,7 @@ def report(m):
             table(["model", *EFFICIENCY], [[n, *efficiency_cells(r)] for n, r in m["efficiency"]["models"].items()]),
             f"Measured in float32 on {machine_text(m['efficiency'])}, for one ECG at a time and for 256 at once. Time: "
             "from millivolts to logits, the fastest of several. Peak memory: while the model is loaded and run, "
-            + ("of tensors on the GPU." if m["efficiency"]["device"].startswith("cuda") else
+            + ("of what torch allocates on the GPU." if m["efficiency"]["device"].startswith("cuda") else
                "the growth of the resident set of a process of its own, beyond Python and its libraries; at batch 256 "
                "another measurement may differ by half."),
             "## Label groups",
@@ -674,7 +676,7 @@ def course_table(runs, pooled):
     for what, name, width, alone in COURSE:
         some = [r for r in runs if r["recipe"] == "default" and r["contrastive"] and r["counts"]["test"] == 2198
                 and name in r["predictions"] and r["width"] == width and not changed(r, free)
-                and alone in (None, r["config"].get("rhythm_alone", False))]
+                and alone in (None, r["config"]["rhythm_alone"])]
         measured = [r["efficiency"] for r in some if name in r.get("efficiency", {}).get("models", {})][:1]
         rows.append([what, pooled(some, name, True)] + (
             [*efficiency_cells(measured[0]["models"][name]), machine_text(measured[0])] if measured else ["–"] * 5))
@@ -699,7 +701,7 @@ def fill(text, what, parts):
 
 
 def paired_table(some):
-    """Paired differences of runs that differ in seed (and in contrastive loss, which only answers 4.2), side by side."""
+    """Paired differences of runs that differ in seed (and in contrastive loss: only their answers to 4.2)."""
     seeds, rows = sorted({r["seed"] for r in some}), {}
     for r in some:
         for question, pairs in r["differences"].items():
@@ -785,9 +787,9 @@ def readme():
     seeds = {what: sorted({r["seed"] for r in some if r["contrastive"]}) for what, some in recipes.items()}
     heads = [what + f", seed {seeds[what][0]}" * (len(seeds[what]) == 1) for what in recipes]
     glance = [table(["macro-AUROC", "paper*", *(f"{what}*" for what in heads), *heads], glance),
-              f"\\* the measure of the authors' code: the mean over batches of {BATCH} test records of the macro-AUROC over "
-              "the labels that have both a positive and a negative in the batch. Without the star: on all of fold 10 at "
-              "once, [95 % interval]."]
+              f"\\* the measure of the authors' code: the mean over batches of {BATCH} test records of the macro-AUROC "
+              "over the labels that have both a positive and a negative in the batch. Without the star: on all of fold "
+              "10 at once, [95 % interval]."]
     if any(other for _, other in same):
         tables += folded("Ablations (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
                          table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations))
@@ -944,7 +946,8 @@ def approach_text(m, info):
         ("Inverse-frequency class weights", "(N - n) / n" if cfg["class_weights"] else "no (`--class-weights yes`)"),
         ("Weighted random sampling", "by the inverse frequency of a record's labels" if cfg["sampler"] == "weighted"
          else "no (`--sampler weighted`)"),
-        ("Backbone", f"ResNet18 with {cfg['width']} channels in its first stage; branches start from {cfg['start']}"),
+        ("Backbone", f"ResNet18 with {cfg['width']} channels in its first stage" + "".join(
+            f"; {n} starts from {common.start_of(n, common.config_of(m))}" for n in trained if n not in BOXES)),
         ("Five loss terms, Eq. (2)", f"binary cross-entropy + {loss}"),
         ("Stage 1, joint training", "; ".join(f"{n}: {t['epochs']} epochs, best {t['best_epoch']}" for n, t in
                                               trained.items() if t.get("epochs"))),
@@ -992,23 +995,31 @@ def limits_text(m):
 def reproduce_text(args, m, info):
     """The commands that make this run, then settings, versions, hardware and seed."""
     cfg = common.config_of(m)
-    base = common.recipe(SimpleNamespace(**{**vars(args), "recipe": cfg.recipe, "seed": 42}))
-    flags = f" --recipe {cfg.recipe}" * (cfg.recipe != args.recipe) + f" --seed {cfg.seed}" * (cfg.seed != 42)
-    for k, v in m["config"].items():
-        if k not in ("recipe", "seed", "rounds") and getattr(cfg, k) != getattr(base, k):
-            value = " ".join(map(str, v)) if isinstance(v, list) else ["no", "yes"][v] if isinstance(v, bool) else v
-            flags += f" --{k.replace('_', '-')} {value}"
-    names = [n for n in m["trained"] if n not in [common.start_of(other, cfg) for other in m["trained"]]]
-    models = ""
+
+    def stage_1(config):
+        """02 with the flags that make these settings."""
+        own = common.config_of({"config": config})
+        base = common.recipe(SimpleNamespace(**{**vars(args), "recipe": own.recipe, "seed": 42}))
+        flags = f" --recipe {own.recipe}" * (own.recipe != args.recipe) + f" --seed {own.seed}" * (own.seed != 42)
+        for k, v in config.items():
+            if k not in ("recipe", "seed", "rounds") and getattr(own, k) != getattr(base, k):
+                value = " ".join(map(str, v)) if isinstance(v, list) else ["no", "yes"][v] if isinstance(v, bool) else v
+                flags += f" --{k.replace('_', '-')} {value}"
+        return common.command_line("02_train_joint.py") + flags
+
+    apart = {n: t["config"] for n, t in m["trained"].items() if t.get("config")}  # black boxes of another run
+    starts = {common.start_of(n, cfg) for n in m["trained"] if n not in BOXES}
+    names, models = [n for n in m["trained"] if n not in {*starts, *apart}], ""
     if sorted(names) != sorted(["rhythm"] if args.small else BRANCHES):
         models = f" --model {' '.join(names or m['trained'])}"
-    rounds = f" --model {' '.join(n for n in names if MODELS[n][0] != 'blackbox')}" if models else ""
+    rounds = f" --model {' '.join(n for n in names if n not in BOXES)}" if models else ""
     asked = info["records"] + len(info["skipped"])
     records = f" --records {asked}" * (asked != 21799 and not args.demo) + " --skip-bad" * bool(info["skipped"])
     lines = ["python 00_download.py" + " --demo" * args.demo, common.command_line("01_preprocess.py") + records]
+    lines += [f"{stage_1(config)} --model {n}" for n, config in apart.items()]
     for round_ in range(1, cfg.rounds + 1):
-        lines += [common.command_line("02_train_joint.py") + flags
-                  + (f"{rounds} --round {round_}" if round_ > 1 else models), common.command_line("03_project.py")]
+        lines += [stage_1(m["config"]) + (f"{rounds} --round {round_}" if round_ > 1 else models),
+                  common.command_line("03_project.py")]
     lines += map(common.command_line, ("04_fusion.py", "05_evaluate.py", f"06_plot_prototypes.py{example(args, info)}",
                                        "05_evaluate.py --report"))
     about = [("seed", cfg.seed), *m["versions"].items(), ("evaluated on", m["hardware"]),
@@ -1205,7 +1216,8 @@ def main():
         "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale,
         "hardware": common.hardware(args.device),
         "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
-        "trained": {n: {k: j.get(k) for k in ("device", "hardware", "threads", "seconds", "epochs", "best_epoch")}
+        "trained": {n: {**{k: j.get(k) for k in ("device", "hardware", "threads", "seconds", "epochs", "best_epoch")},
+                        **({"config": j["config"]} if n in BOXES and j["config"] != setting else {})}
                     for n, j in joint.items()},
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),
                    "test_positives": positives},

@@ -160,6 +160,7 @@ CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] =
 # Backbone (3.3)
 
 torch.backends.cudnn.allow_tf32 = False  # a GPU's float32 is to be float32: projection compares cosines near 1
+torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class Conv(nn.Conv1d):
@@ -299,7 +300,7 @@ class ProtoECGNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, x):
-        """x [B, 12, 1000] mV -> what the add-on reads: [B, 512, 32], 1D branch: pooled over time, [B, 512, 1]."""
+        """x [B, 12, 1000] mV -> what the add-on reads: [B, 512, 32], 1D branch: pooled over time, [B, 1024, 1]."""
         h = self.backbone(self.scaler(x))
         return pool_over_time(h, self.pool) if self.kind == "1d" else h
 
@@ -316,7 +317,8 @@ class ProtoECGNet(nn.Module):
     def forward(self, x):
         """x [B, 12, 1000] mV -> logits [B, C], s [B, P]."""
         s = self.scores(self.latent(x))
-        return self.head(s), s
+        with torch.autocast(s.device.type, enabled=False):  # W adds up differences that bf16 does not resolve
+            return self.head(s), s
 
 
 class BlackBox(nn.Module):
@@ -359,8 +361,7 @@ def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
     term, one with all labels no separation term; both still count in N.
     """
     N, P = s.shape
-    bce = F.binary_cross_entropy_with_logits(logits, y, reduction="none")                  # [B, C]
-    bce = (bce if w is None else w * bce).mean()                                           # Eq. (3)
+    bce = F.binary_cross_entropy_with_logits(logits, y, w)                                 # Eq. (3)
     present = y[:, p_class] > 0                                                            # [B, P]
     clst = -_best(s, present).sum() / N                                                    # Eq. (4)
     sep = _best(s, ~present).sum() / N                                                     # Eq. (5)
@@ -506,7 +507,7 @@ def parse(p, argv=None):
             p.error("--threads must be at least 1")
         torch.set_num_threads(args.threads)
     try:
-        torch.empty(1, device=args.device)
+        torch.ones(1, device=args.device).item()  # a GPU may be there that this torch has no code for
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     args.device = torch.device(args.device)
@@ -685,10 +686,10 @@ def load_npy(path, maker, mmap=False):
     return array
 
 
-def load_pt(path, maker, device="cpu"):
-    """Tensors and plain values of `path` (weights_only); exits naming `maker` when missing, damaged or not ours."""
+def load_pt(path, maker):
+    """CPU tensors and plain values of `path` (weights_only); exits naming `maker` if missing, damaged or not ours."""
     try:
-        value = torch.load(_there(path, maker), map_location=device, weights_only=True)
+        value = torch.load(_there(path, maker), map_location="cpu", weights_only=True)
     except Exception:  # torch raises many kinds for a truncated or foreign file
         sys.exit(f"{path} is damaged or not a file of this project: {rerun(maker)} again")
     meta = value.get("meta") if isinstance(value, dict) else None
@@ -810,7 +811,7 @@ def build(meta, scaler=None):
 
 def load_model(path, maker, device="cpu"):
     """(model in evaluation mode, its meta) of a joint.pt or projected.pt."""
-    saved = load_pt(path, maker, device)
+    saved = load_pt(path, maker)
     try:
         model = build(saved["meta"])
         model.load_state_dict(saved["state"])
@@ -819,6 +820,10 @@ def load_model(path, maker, device="cpu"):
     if not all(v.isfinite().all() for v in model.state_dict().values()):
         sys.exit(f"{path} holds weights that are not numbers: {rerun(maker)} again")
     return model.to(device).eval(), saved["meta"]
+
+
+class Diverged(SystemExit):
+    """Weights or a loss are no numbers any more: the end of a training, with one sentence, and of a tuning trial."""
 
 
 @torch.no_grad()
@@ -833,6 +838,8 @@ def batched(f, prep, rows, device, batch=256):
         x = torch.zeros(batch, len(LEADS), SAMPLES)
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
-        if not out[-1].isfinite().all():  # the weights are finite, see load_model
+        if not x.isfinite().all():
             sys.exit(f"{prep.path.parent}/signals.npy holds values that are not numbers: {rerun('01_preprocess.py')}")
+        if not out[-1].isfinite().all():
+            raise Diverged("what the network gives is not a number any more: train again with a lower learning rate")
     return torch.cat(out)

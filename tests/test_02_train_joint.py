@@ -235,6 +235,15 @@ def test_weights_that_diverge_in_the_last_step(tiny_prep, tmp_path, monkeypatch)
     assert "fold 9" in sentence(e) and "lower learning rate" in sentence(e)
 
 
+def test_latents_that_are_no_numbers_are_not_blamed_on_the_data(tiny_prep, tmp_path):
+    prep = tiny_prep()
+    model = common.ProtoECGNet("1d", ["SR"], [2], common.Config(width=8))
+    model.add_on.bias.data[3] = torch.nan
+    with pytest.raises(common.Diverged) as e:  # which ends a trial of --tune, not the search
+        common.training_set(model, prep, "cpu")
+    assert "learning rate" in sentence(e) and "01_preprocess" not in sentence(e)
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--scheduler", "wild"], "--scheduler"), (["--class-weights", "perhaps"], "--class-weights"),
     (["--model", "rhythms"], "rhythms"), (["--device", "quantum"], "--device"), (["--threads", "0"], "--threads")])
@@ -559,6 +568,16 @@ def test_spoiled_config_gives_one_sentence(tmp_path, text, says):
     with pytest.raises(SystemExit) as e:
         stage("02_train_joint").read_config(path, common.Config())
     assert says in sentence(e) and str(path) in sentence(e)
+
+
+def test_config_counts_for_more_than_the_lambdas_of_no_contrastive(tiny_prep, tmp_path, monkeypatch):
+    tiny_prep()
+    (tmp_path / "tuned.json").write_text(json.dumps({"config": {"recipe": "paper", "lambda_div": 7.0,
+                                                                "lambda_cntrst": 3.0}}))
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--recipe", "paper", "--no-contrastive", "--config",
+                tmp_path / "tuned.json", "--epochs", 0)
+    cfg = common.config_of(json.loads((run / "rhythm" / "joint.json").read_text()))
+    assert cfg.lambdas == (0.8, 0.08, 7.0, 0.0)
 
 
 def test_config_is_overridden_by_flags(tiny_prep, tmp_path, monkeypatch):

@@ -225,7 +225,7 @@ def test_scores_and_strength_are_blind_to_fold_10(garbage):
 
 def test_best_strength_of_fold_9_is_chosen_within_the_limit(monkeypatch):
     scores, prep, y, _ = scores_and_prep()
-    monkeypatch.setattr(fusion, "fit", lambda X, Y, off, strength, W, b: (W, b, 0.0))  # only the choice is looked at
+    monkeypatch.setattr(fusion, "fit", lambda X, Y, off, *_: (np.zeros(off.shape), 0.0, 0.0))  # the choice matters here
     curve = iter([0.80, 0.9001, 0.9020, 0.9015, 0.9020, 0.9018, 0.9017, 0.90])
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: next(curve))
     chosen = path_of(scores, prep, y, np.zeros(8, int))
@@ -235,7 +235,7 @@ def test_best_strength_of_fold_9_is_chosen_within_the_limit(monkeypatch):
     full = dict(zip(fusion.STRENGTHS, [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))  # share of off-class weights it leaves
 
     def fit(X, Y, off, strength, W, b):
-        return (off & (np.cumsum(off).reshape(off.shape) <= full[strength] * off.sum())).astype(float), b, 0.0
+        return (off & (np.cumsum(off).reshape(off.shape) <= full[strength] * off.sum())).astype(float), 0.0, 0.0
     monkeypatch.setattr(fusion, "fit", fit)
     for recipe, tried in (("default", 3), ("paper", 8)):  # the paper sets no limit
         curve = iter(np.linspace(0.8, 0.9, 8))
@@ -297,6 +297,18 @@ def test_a_classifier_that_is_not_solved_says_so(run_to_fusion, monkeypatch, cap
     for found in (json.loads((run / "predictions.json").read_text())["models"]["rhythm"],
                   json.loads((run / "rhythm" / "classifier.json").read_text())):
         assert "is not solved" in found["warnings"][0]
+
+
+def test_prototypes_of_records_that_the_arrays_lack(run_to_fusion, monkeypatch, tmp_path):
+    """--force goes past fingerprints, but a source that is not there has no score to leave out."""
+    prep, run = run_to_fusion("lacking")
+    path = run / "rhythm" / "prototypes.json"
+    found = json.loads(path.read_text())
+    found["prototypes"][0]["ecg_id"] = int(prep.ecg_ids.max()) + 1
+    path.write_text(json.dumps(found))
+    with pytest.raises(SystemExit) as e:
+        run_stage(monkeypatch, "04_fusion", "--prep", tmp_path / "prep-lacking", "--run", run, "--force")
+    assert str(path) in sentence(e) and "03_project.py" in sentence(e)
 
 
 def test_whole_fusion_of_three_branches(run_to_fusion, capsys):

@@ -937,6 +937,24 @@ def test_the_reports_commands_make_the_same_settings(monkeypatch, real):
     assert seen[1][1] == cfg
 
 
+def test_the_reports_commands_train_what_the_run_holds(real):
+    args, cfg = SimpleNamespace(small=False, demo=False, recipe="default"), common.Config()
+
+    def lines(**trained):
+        names = {n.replace("_", "-"): {"hardware": "", "seconds": 0, **more} for n, more in trained.items()}
+        m = {"config": json.loads(json.dumps(vars(cfg))), "trained": names, "versions": {}, "hardware": ""}
+        info = {**real.prep.info, "test_ecgs": []}
+        return [line for line in ev.reproduce_text(args, m, info).splitlines() if "02_train" in line]
+
+    only_boxes = lines(blackbox_1d={}, blackbox_rhythm={})
+    assert len(only_boxes) == 1 and only_boxes[0].endswith("--model blackbox-1d blackbox-rhythm")
+    assert lines(rhythm={}, blackbox_1d={}, blackbox_rhythm={})[0].endswith("--model rhythm blackbox-1d")
+    assert "--model" not in lines(rhythm={}, morphology={}, **{"global": {}}, blackbox_1d={}, blackbox_rhythm={})[0]
+    other = json.loads(json.dumps(vars(common.replace(cfg, sampler="weighted"))))  # a box of another run
+    first, second = lines(rhythm={}, morphology={}, **{"global": {}}, blackbox_rhythm={}, blackbox_1d={"config": other})
+    assert first.endswith("--sampler weighted --model blackbox-1d") and "--sampler" not in second
+
+
 def test_a_section_on_interpretability_stands_in_its_place(monkeypatch, real):
     written = ev.report
     more = "\n## Interpretability of prototypes\n\nDiversity: 7.\n<script>document.title = 1</script>\n"

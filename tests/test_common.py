@@ -144,6 +144,18 @@ def test_global_prototypes_have_one_window(kind, L, a):
 
 
 @pytest.mark.parametrize("kind", common.WINDOW)
+def test_similarities_and_head_are_float32_under_autocast(kind):
+    """Logits of thousands, as W of 1 / -0.5 over many prototypes near cosine 1 gives, in steps of less than bf16 has."""
+    model = small_model(kind)
+    model.head.weight.data *= 1e4
+    x = random(2, 12, 1000, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits, s = model(x)
+    assert logits.dtype == s.dtype == torch.float32
+    torch.testing.assert_close(logits, model.head(s), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", common.WINDOW)
 @pytest.mark.parametrize("recipe", common.RECIPES)
 def test_model_shapes_and_head_start(kind, recipe):
     cfg = common.replace(common.RECIPES[recipe], width=2)
