@@ -785,7 +785,7 @@ def readme():
                                          for key in ("per batch", "auroc") for some in recipes.values())]
               for setting, name, paper in rows]
     seeds = {what: sorted({r["seed"] for r in some if r["contrastive"]}) for what, some in recipes.items()}
-    heads = [what + f", seed {seeds[what][0]}" * (len(seeds[what]) == 1) for what in recipes]
+    heads = [what.replace(" recipe", "") + f", seed {seeds[what][0]}" * (len(seeds[what]) == 1) for what in recipes]
     glance = [table(["macro-AUROC", "paper*", *(f"{what}*" for what in heads), *heads], glance),
               f"\\* the measure of the authors' code: the mean over batches of {BATCH} test records of the macro-AUROC "
               "over the labels that have both a positive and a negative in the batch. Without the star: on all of fold "
