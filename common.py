@@ -96,7 +96,7 @@ class Config:
     head: str = "refit"              # W: refit (own-class weights, solved anew after every epoch), or from 1 / -0.5
                                      # free (learns) or frozen (authors' code)
     epochs: int = 6
-    patience: int = 10               # epochs without a better fold-9 macro-AUROC before stopping
+    patience: int = 10               # epochs without a better fold-9 macro-AUROC before stopping, amid any schedule
     batch: int = 128
     lr: float = 1e-4
     optimizer: str = "adamw"         # adamw, or adam (paper), whose weight decay is an L2 term
