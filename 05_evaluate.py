@@ -685,11 +685,12 @@ def course_table(runs, pooled):
 
 
 def changed(run, free=("seed", "width")):
-    """The settings of a saved run that are not its recipe's (with or without contrastive loss), as text; those of
-    `free` may differ."""
+    """The settings of a saved run that are not its recipe's (with or without contrastive loss), as a tuple of texts;
+    those of `free` may differ."""
     base = common.RECIPES[run["recipe"]]
     base = asdict(base if run["contrastive"] else common.without_contrastive(base))
-    return [f"{k} {v}" for k, v in run["config"].items() if k not in free and v != json.loads(json.dumps(base.get(k)))]
+    return tuple(f"{k} {v}" for k, v in run["config"].items()
+                 if k not in free and v != json.loads(json.dumps(base.get(k))))
 
 
 def fill(text, what, parts):
@@ -729,12 +730,7 @@ def readme():
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
     same = {}  # runs that differ in nothing but seed and contrastive loss, by what they have in common
     for run in runs:
-        epochs, other = run["config"].get("epochs"), ", ".join(changed(run, ("seed", "width", "epochs")))
-        shorter = f", {epochs} epochs" * (epochs != common.RECIPES[run["recipe"]].epochs)
-        what = f"{run['recipe']} recipe, width {run['width']}{shorter}"
-        if run["counts"]["test"] != 2198:
-            what += f", {run['counts']['test']:,} test records"
-        same.setdefault((what, other), []).append(run)
+        same.setdefault((run["recipe"], -run["width"], run["counts"]["test"], changed(run)), []).append(run)
 
     def first_seed(some):
         return min(r["seed"] for r in some)
@@ -750,10 +746,14 @@ def readme():
         interval = f" [{number(values[:, 1].mean())}, {number(values[:, 2].mean())}]" if key == "auroc" else ""
         return f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))} ({len(found)} seeds){interval}"
 
-    recipes, tables, ablations, measured = {}, [], [], {}
+    recipes, tables, ablations, measured, kinds = {}, [], [], {}, set()
     names = ("fusion", "fusion-own", *BRANCHES)
-    for what, other in sorted(same, key=lambda key: (same[key][0]["recipe"], -same[key][0]["width"], key)):
-        some = sorted(same[what, other], key=lambda r: (not r["contrastive"], r["seed"]))
+    for key in sorted(same, key=lambda key: (*key[:3], len(key[3]), key[3])):
+        (recipe, width, n, changes), other = key, ", ".join(key[3])
+        what = f"{recipe} recipe, width {-width}" + f", {n:,} test records" * (n != 2198)
+        some = sorted(same[key], key=lambda r: (not r["contrastive"], r["seed"]))
+        whole = key[:3] not in kinds  # a recipe as it is or, if it was not run so, with the fewest changes
+        kinds.add(key[:3])
         for contrastive in (True, False):
             those, plain_ = [r for r in some if r["contrastive"] == contrastive], ", no contrastive" * (not contrastive)
             if those:
@@ -762,16 +762,17 @@ def readme():
                     rows[f"{what}: as it is, seed {those[0]['seed']}"] = those[:1]
                 ablations += [[setting, *(pooled(each, n, None, key) for n in names for key in ("fold 9", "auroc"))]
                               for setting, each in rows.items()]
-            found = those[0].get("interpretability", {}).get("", {}) if those and not other else {}
+            found = those[0].get("interpretability", {}).get("", {}) if those and whole else {}
             if set(BRANCHES) <= set(found):  # of the first seed
-                measured[what + plain_] = [found[m] for m in (*BRANCHES, "fusion") if m in found]
-        if other:
+                measured[what + " (changed)" * bool(other) + plain_] = [found[m] for m in (*BRANCHES, "fusion")
+                                                                        if m in found]
+        if not whole:
             continue
-        recipes[what], first = some, some[0]
+        first, recipes = some[0], recipes if other else {**recipes, what: some}
         times = ", ".join(f"{n} {t['seconds'] / 60:.0f} ({t.get('threads', '?')})" for n, t in first["trained"].items()
                           if t.get("seconds"))
         tables += folded(
-            f"{what}: Tables 1 and 2, the cost of interpretability, paired differences",
+            f"{what}{f' ({other})' * bool(other)}: Tables 1 and 2, the cost of interpretability, paired differences",
             paper_table(lambda *a: pooled(some, *a)),
             f"By the authors' measure, the mean over batches of {BATCH}:",
             paper_table(lambda *a: pooled(some, *a, key="per batch")),
@@ -790,7 +791,7 @@ def readme():
               f"\\* the measure of the authors' code: the mean over batches of {BATCH} test records of the macro-AUROC "
               "over the labels that have both a positive and a negative in the batch. Without the star: on all of fold "
               "10 at once, [95 % interval]."]
-    if any(other for _, other in same):
+    if len(same) > len(kinds):
         tables += folded("Ablations (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
                          table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations))
     if measured:

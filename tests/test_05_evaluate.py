@@ -619,9 +619,11 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
     page.write_text("<!-- results:begin -->\n<!-- results:end -->\n<!-- course:begin -->\n<!-- course:end -->")
     monkeypatch.setattr(ev, "HERE", tmp_path)
     for name, dead, changes in (("a", 11, {"top_k": 1}), ("b", 22, {}), ("c", 33, {"seed": 43}), ("d", 44, {"epochs": 2}),
-                                ("e", 55, {"lambda_cntrst": 0.0})):
-        cfg = json.loads(json.dumps(vars(common.replace(common.Config(), **changes))))
-        saved = {**made[2], "config": cfg, "seed": cfg["seed"], "contrastive": cfg["lambda_cntrst"] != 0,
+                                ("e", 55, {"lambda_cntrst": 0.0}), ("f", 66, {"recipe": "paper", "epochs": 3})):
+        recipe = common.RECIPES[changes.get("recipe", "default")]
+        cfg = json.loads(json.dumps(vars(common.replace(recipe, **changes))))
+        saved = {**made[2], "config": cfg, **{k: cfg[k] for k in ("recipe", "seed")},
+                 "contrastive": cfg["lambda_cntrst"] != 0,
                  "interpretability": {"": {m: {"dead": dead} for m in common.BRANCHES}}}
         (results / f"{name}.json").write_text(json.dumps(saved))
     run_stage(monkeypatch, "05_evaluate", "--readme")
@@ -630,8 +632,9 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
                   for start in ("|  ", "| dead"))
     n = f", {made[2]['counts']['test']} test records"
     assert dict(zip(head, dead)) == {  # of the first seed; an ablation's stand in its own file only
-        f"default recipe, width 64{n}": "22 / 22 / 22", f"default recipe, width 64, 2 epochs{n}": "44 / 44 / 44",
-        f"default recipe, width 64{n}, no contrastive": "55 / 55 / 55"}
+        f"default recipe, width 64{n}": "22 / 22 / 22", f"default recipe, width 64{n}, no contrastive": "55 / 55 / 55",
+        f"paper recipe, width 64{n} (changed)": "66 / 66 / 66"}
+    assert "<summary>paper recipe, width 64" in page.read_text()  # with changes, but there is none without
 
 
 def test_paired_differences_of_seeds_stand_side_by_side():
