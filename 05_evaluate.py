@@ -762,10 +762,10 @@ def readme():
                     rows[f"{what}: as it is, seed {those[0]['seed']}"] = those[:1]
                 ablations += [[setting, *(pooled(each, n, None, key) for n in names for key in ("fold 9", "auroc"))]
                               for setting, each in rows.items()]
-            found = those[0].get("interpretability", {}).get("", {}) if those and whole else {}
-            if set(BRANCHES) <= set(found):  # of the first seed
-                measured[what + " (changed)" * bool(other) + plain_] = [found[m] for m in (*BRANCHES, "fusion")
-                                                                        if m in found]
+            found = max((r.get("interpretability", {}).get("", {}) for r in those if whole), key=len, default={})
+            if shown := [m for m in (*BRANCHES, "fusion") if m in found]:  # of the first seed that has most
+                only = f", {' / '.join(shown)} only" * (len(shown) < 4)
+                measured[what + " (changed)" * bool(other) + plain_ + only] = [found[m] for m in shown]
         if not whole:
             continue
         first, recipes = some[0], recipes if other else {**recipes, what: some}

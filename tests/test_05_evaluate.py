@@ -624,7 +624,9 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
         cfg = json.loads(json.dumps(vars(common.replace(recipe, **changes))))
         saved = {**made[2], "config": cfg, **{k: cfg[k] for k in ("recipe", "seed")},
                  "contrastive": cfg["lambda_cntrst"] != 0,
-                 "interpretability": {"": {m: {"dead": dead} for m in common.BRANCHES}}}
+                 "interpretability": {"": {m: {"dead": dead} for m in (*common.BRANCHES, "fusion")}}}
+        if name == "f":
+            saved["interpretability"] = {"": {"rhythm": {"dead": dead}}}
         (results / f"{name}.json").write_text(json.dumps(saved))
     run_stage(monkeypatch, "05_evaluate", "--readme")
     lines = page.read_text().partition("<summary>Interpretability")[2].splitlines()
@@ -632,8 +634,9 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
                   for start in ("|  ", "| dead"))
     n = f", {made[2]['counts']['test']} test records"
     assert dict(zip(head, dead)) == {  # of the first seed; an ablation's stand in its own file only
-        f"default recipe, width 64{n}": "22 / 22 / 22", f"default recipe, width 64{n}, no contrastive": "55 / 55 / 55",
-        f"paper recipe, width 64{n} (changed)": "66 / 66 / 66"}
+        f"default recipe, width 64{n}": "22 / 22 / 22 / 22",
+        f"default recipe, width 64{n}, no contrastive": "55 / 55 / 55 / 55",
+        f"paper recipe, width 64{n} (changed), rhythm only": "66"}
     assert "<summary>paper recipe, width 64" in page.read_text()  # with changes, but there is none without
 
 
