@@ -669,9 +669,8 @@ def report(m):
     return "\n\n".join(out) + "\n"
 
 
-def course_table(runs, pooled):
-    """Size against quality on the 16 rhythm labels, from saved `runs` of the default recipe with all of fold 10;
-    pooled(runs, prediction, contrastive) -> a cell."""
+def course_table(runs):
+    """Size against quality on the 16 rhythm labels, from saved `runs` of the default recipe with all of fold 10."""
     rows, free = [], ("seed", "width", "rhythm_alone")
     for what, name, width, alone in COURSE:
         some = [r for r in runs if r["recipe"] == "default" and r["contrastive"] and r["counts"]["test"] == 2198
@@ -715,9 +714,55 @@ def paired_table(some):
         for (question, pair), v in rows.items()])
 
 
+def pooled(some, name, contrastive, key="auroc"):
+    """A cell for runs that differ in seed: value [interval] of one; of several mean ± standard deviation [mean of both
+    ends]. contrastive None takes runs with and without that loss; key "per batch" and "fold 9" have no interval."""
+    found = [r["predictions"][name][key] for r in {r["seed"]: r for r in some if name in r["predictions"] and
+                                                   contrastive in (None, r["contrastive"])}.values()]
+    values = np.array([v[:3] if key == "auroc" else [v] for v in found], float)
+    if len(found) < 2:
+        seeds = {r["seed"] for r in some}
+        alone = f" (seed {min(seeds)})" if found and len(seeds) > 1 else ""
+        return "not run" if not found else (cell(found[0]) if key == "auroc" else number(found[0])) + alone
+    interval = f" [{number(values[:, 1].mean())}, {number(values[:, 2].mean())}]" if key == "auroc" else ""
+    return f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))} ({len(found)} seeds){interval}"
+
+
 def folded(title, *parts):
     """Paragraphs of the README that a click unfolds."""
     return [f"<details><summary>{title}</summary>", *parts, "</details>"]
+
+
+def glance(recipes):
+    """The README's first table: recipes {what: runs} side by side, by both measures."""
+    heads = []
+    for what, some in recipes.items():
+        seeds = {r["seed"] for r in some if r["contrastive"]}
+        heads.append(what.replace(" recipe", "") + f", seed {min(seeds, default='')}" * (len(seeds) == 1))
+    rows = [(setting, name, on, True) for setting, name, _, on, *_ in PAPER] + [
+        ("fusion, own-class weights only", "fusion-own", None, True), ("black box, 1D, 71", "blackbox-1d", .9219, None)]
+    return [table(["macro-AUROC", "paper*", *(f"{head}*" for head in heads), *heads],
+                  [[setting, number(paper), *(pooled(some, name, contrastive, key) for key in ("per batch", "auroc")
+                                              for some in recipes.values())]
+                   for setting, name, paper, contrastive in rows]),
+            f"\\* the measure of the authors' code: the mean over batches of {BATCH} test records of the macro-AUROC "
+            "over the labels that have both a positive and a negative in the batch. Without the star: on all of fold "
+            "10 at once, [95 % interval]."]
+
+
+def tables_of(title, some):
+    """A recipe's own tables, folded: the paper's, by both measures, the cost of interpretability, differences."""
+    first = some[0]
+    times = ", ".join(f"{n} {t['seconds'] / 60:.0f} ({t.get('threads', '?')})" for n, t in first["trained"].items()
+                      if t.get("seconds"))
+    return folded(
+        f"{title}: Tables 1 and 2, the cost of interpretability, paired differences",
+        paper_table(lambda *a: pooled(some, *a)),
+        f"By the authors' measure, the mean over batches of {BATCH}:",
+        paper_table(lambda *a: pooled(some, *a, key="per batch")),
+        f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):", cost_table(first),
+        f"Minutes of Stage 1 on {first['hardware']} (threads): {times or 'not known'}.",
+        "Paired differences on the test set:", paired_table(some))
 
 
 def readme():
@@ -728,76 +773,38 @@ def readme():
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not runs:
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
-    same = {}  # runs that differ in nothing but seed and contrastive loss, by what they have in common
-    for run in runs:
-        same.setdefault((run["recipe"], -run["width"], run["counts"]["test"], changed(run)), []).append(run)
+    same = {}  # runs that differ in nothing but seed and contrastive loss; of a recipe, the fewest changes come first
+    for r in sorted(runs, key=lambda r: (r["recipe"], -r["width"], r["counts"]["test"], len(changed(r)), changed(r),
+                                         not r["contrastive"], r["seed"])):
+        what = f"{r['recipe']} recipe, width {r['width']}"
+        what += f", {r['counts']['test']:,} test records" * (r["counts"]["test"] != 2198)
+        same.setdefault((what, ", ".join(changed(r))), []).append(r)
 
-    def first_seed(some):
-        return min(r["seed"] for r in some)
-
-    def pooled(some, name, contrastive, key="auroc"):
-        """Value [interval] of one seed; of several mean ± standard deviation [the mean of both ends]."""
-        found = [r["predictions"][name][key] for r in {r["seed"]: r for r in some if name in r["predictions"] and
-                                                       contrastive in (None, r["contrastive"])}.values()]
-        values = np.array([v[:3] if key == "auroc" else [v] for v in found], float)
-        if len(found) < 2:
-            alone = f" (seed {first_seed(some)})" if found and len({r["seed"] for r in some}) > 1 else ""
-            return "not run" if not found else (cell(found[0]) if key == "auroc" else number(found[0])) + alone
-        interval = f" [{number(values[:, 1].mean())}, {number(values[:, 2].mean())}]" if key == "auroc" else ""
-        return f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))} ({len(found)} seeds){interval}"
-
-    recipes, tables, ablations, measured, kinds = {}, [], [], {}, set()
-    names = ("fusion", "fusion-own", *BRANCHES)
-    for key in sorted(same, key=lambda key: (*key[:3], len(key[3]), key[3])):
-        (recipe, width, n, changes), other = key, ", ".join(key[3])
-        what = f"{recipe} recipe, width {-width}" + f", {n:,} test records" * (n != 2198)
-        some = sorted(same[key], key=lambda r: (not r["contrastive"], r["seed"]))
-        whole = key[:3] not in kinds  # a recipe as it is or, if it was not run so, with the fewest changes
-        kinds.add(key[:3])
-        for contrastive in (True, False):
-            those, plain_ = [r for r in some if r["contrastive"] == contrastive], ", no contrastive" * (not contrastive)
-            if those:
-                rows = {f"{what}: {other or 'as it is'}{plain_}": those}
-                if len(those) > 1 and not other:  # what an ablation, of one seed, is to be compared with
-                    rows[f"{what}: as it is, seed {those[0]['seed']}"] = those[:1]
-                ablations += [[setting, *(pooled(each, n, None, key) for n in names for key in ("fold 9", "auroc"))]
-                              for setting, each in rows.items()]
-            found = max((r.get("interpretability", {}).get("", {}) for r in those if whole), key=len, default={})
-            if shown := [m for m in (*BRANCHES, "fusion") if m in found]:  # of the first seed that has most
+    recipes, tables, ablations, measured, names = {}, [], [], {}, ("fusion", "fusion-own", *BRANCHES)
+    for (what, changes), some in same.items():
+        main = (what, changes) == next(key for key in same if key[0] == what)  # as it is or, failing that, nearest
+        for contrastive, loss in ((True, ""), (False, ", no contrastive")):
+            if not (those := [r for r in some if r["contrastive"] == contrastive]):
+                continue
+            rows = {f"{what}: {changes or 'as it is'}{loss}": those}
+            if len(those) > 1 and not changes:  # what an ablation, of one seed, is to be compared with
+                rows[f"{what}: as it is, seed {those[0]['seed']}"] = those[:1]
+            ablations += [[setting, *(pooled(each, n, None, key) for n in names for key in ("fold 9", "auroc"))]
+                          for setting, each in rows.items()]
+            found = max((r.get("interpretability", {}).get("", {}) for r in those), key=len)
+            if main and (shown := [m for m in (*BRANCHES, "fusion") if m in found]):  # of the first seed with most
                 only = f", {' / '.join(shown)} only" * (len(shown) < 4)
-                measured[what + " (changed)" * bool(other) + plain_ + only] = [found[m] for m in shown]
-        if not whole:
-            continue
-        first, recipes = some[0], recipes if other else {**recipes, what: some}
-        times = ", ".join(f"{n} {t['seconds'] / 60:.0f} ({t.get('threads', '?')})" for n, t in first["trained"].items()
-                          if t.get("seconds"))
-        tables += folded(
-            f"{what}{f' ({other})' * bool(other)}: Tables 1 and 2, the cost of interpretability, paired differences",
-            paper_table(lambda *a: pooled(some, *a)),
-            f"By the authors' measure, the mean over batches of {BATCH}:",
-            paper_table(lambda *a: pooled(some, *a, key="per batch")),
-            f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
-            cost_table(first),
-            f"Minutes of Stage 1 on {first['hardware']} (threads): {times or 'not known'}.",
-            "Paired differences on the test set:", paired_table(some))
-    rows = [(setting, name, on) for setting, name, _, on, *_ in PAPER]
-    rows += [("fusion, own-class weights only", "fusion-own", None), ("black box, 1D, 71", "blackbox-1d", .9219)]
-    glance = [[setting, number(paper), *(pooled(some, name, None if name == "blackbox-1d" else True, key)
-                                         for key in ("per batch", "auroc") for some in recipes.values())]
-              for setting, name, paper in rows]
-    seeds = {what: sorted({r["seed"] for r in some if r["contrastive"]}) for what, some in recipes.items()}
-    heads = [what.replace(" recipe", "") + f", seed {seeds[what][0]}" * (len(seeds[what]) == 1) for what in recipes]
-    glance = [table(["macro-AUROC", "paper*", *(f"{what}*" for what in heads), *heads], glance),
-              f"\\* the measure of the authors' code: the mean over batches of {BATCH} test records of the macro-AUROC "
-              "over the labels that have both a positive and a negative in the batch. Without the star: on all of fold "
-              "10 at once, [95 % interval]."]
-    if len(same) > len(kinds):
+                measured[what + " (changed)" * bool(changes) + loss + only] = [found[m] for m in shown]
+        if main:
+            recipes.update({what: some} if not changes else {})
+            tables += tables_of(what + f" ({changes})" * bool(changes), some)
+    if len(same) > len({what for what, _ in same}):
         tables += folded("Ablations (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
                          table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations))
     if measured:
         tables += folded("Interpretability (rhythm / morphology / global / fusion; a single value is of morphology)",
                          interpretability_table(measured), definitions())
-    text = fill(fill(text, "results", glance + tables), "course", [course_table(runs, pooled)])
+    text = fill(fill(text, "results", glance(recipes) + tables), "course", [course_table(runs)])
     with common.replacing(path) as t:
         t.write_text(text, encoding="utf-8")
     print(f"{path.name}: tables of {len(runs)} runs")

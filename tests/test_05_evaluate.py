@@ -656,7 +656,9 @@ def test_paired_differences_of_seeds_stand_side_by_side():
         ("a - a of plain", "+.0010 [-.0100, +.0100]", "–", "no difference shown")}
 
 
-def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
+def test_the_course_table_takes_each_row_from_the_runs_that_it_names(monkeypatch):
+    monkeypatch.setattr(ev, "pooled", lambda some, name, on: " and ".join(str(r["predictions"][name]) for r in some))
+
     def saved(name="rhythm", value=0.9, test=2198, efficient=True, recipe="default", **settings_):
         cfg = common.replace(common.RECIPES[recipe], **settings_)
         e = {**measured(None, [name]), "models": {name: measured(None, ["rhythm"])["models"]["rhythm"]}}
@@ -665,7 +667,7 @@ def test_the_course_table_takes_each_row_from_the_runs_that_it_names():
                 "counts": {"test": test}, "predictions": {name: value}, **({"efficiency": e} if efficient else {})}
 
     def rows(*runs):
-        text = ev.course_table(runs, lambda some, name, on: " and ".join(str(r["predictions"][name]) for r in some))
+        text = ev.course_table(runs)
         return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
 
     empty = rows()
