@@ -143,6 +143,14 @@ def test_global_prototypes_have_one_window(kind, L, a):
     np.testing.assert_allclose(model.scores(z).detach(), slow_similarity(z, model.p.data, a)[:, :, 0], atol=1e-5)
 
 
+def test_stages_flush_denormal_numbers_in_every_thread():
+    """In a process of its own, because the setting stays."""
+    code = ("import torch, common; common.parse(common.argument_parser(''), ['--threads', '2']); "
+            "x = torch.full((10**6,), 1e-39); print(int((x * 0.5 != 0).sum()))")
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, capture_output=True, text=True)
+    assert out.stdout == "0\n", out.stderr
+
+
 @pytest.mark.parametrize("kind", common.WINDOW)
 def test_similarities_and_head_are_float32_under_autocast(kind):
     """Logits of thousands, as W of 1 / -0.5 over many prototypes near cosine 1 gives, in steps of less than bf16 has."""
