@@ -799,7 +799,7 @@ def readme():
             recipes.update({what: some} if not changes else {})
             tables += tables_of(what + f" ({changes})" * bool(changes), some)
     if len(same) > len({what for what, _ in same}):
-        tables += folded("Ablations (macro-AUROC on fold 9, on which all was chosen, and on fold 10)",
+        tables += folded("Ablations (macro-AUROC on fold 9, where the later choices were made, and on fold 10)",
                          table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations))
     if measured:
         tables += folded("Interpretability (rhythm / morphology / global / fusion; a single value is of morphology)",
@@ -970,12 +970,12 @@ def approach_text(m, info):
             + table(["step", "in this run"], [(k, v if "`" in v else plain(v)) for k, v in rows]))
 
 
-def data_text(m, info):
-    """Records of each split, and how often each modelled label occurs."""
+def data_text(m, info, what):
+    """Records of each split, and how often each modelled label occurs; `what` the data set is called."""
     sizes, codes = info["sizes"], [c for c in CODES for g in m["shown"] if c in GROUPS[g]]
     codes.sort(key=lambda c: -info["training_positives"][c])
     return "\n\n".join([
-        f"PTB-XL, {info['records']:,} ten-second 12-lead ECGs at 100 Hz; patients stay within a fold. Skipped as "
+        f"{what}, {info['records']:,} ten-second 12-lead ECGs at 100 Hz; patients stay within a fold. Skipped as "
         f"unreadable: {len(info['skipped'])}.",
         table(["split", "folds", "records"], [["training", "1-8", f"{sizes['train']:,}"],
               ["validation", "9", f"{sizes['validation']:,}"],
@@ -1117,7 +1117,7 @@ def final_report(args, m, prep):
         ("roc", "ROC curves on fold 10"))]
     gallery = f"`{common.command_line('06_plot_prototypes.py')}` draws every prototype, with an index by label."
     sections = {"Summary": md.render(summary_text(m)), "Approach": md.render(approach_text(m, info)),
-                "Data": md.render(data_text(m, info)),
+                "Data": md.render(data_text(m, info, "Synthetic records" if args.demo else "PTB-XL")),
                 "Results": md.render("\n\n".join(p for p in parts if p not in about)) + "".join(figures),
                 "Interpretability": md.render("\n\n".join([*about, gallery])),
                 "Test ECGs beside prototypes": cases_html(args, md.render, prep, info),

@@ -151,8 +151,9 @@ def browser(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def same_threads():
-    """A stage run in this process may set the number of threads; put it back."""
+def same_process():
+    """A stage run in this process sets the number of threads, and denormal numbers to zero; put it back."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)

@@ -618,8 +618,9 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
     page = tmp_path / "README.md"
     page.write_text("<!-- results:begin -->\n<!-- results:end -->\n<!-- course:begin -->\n<!-- course:end -->")
     monkeypatch.setattr(ev, "HERE", tmp_path)
-    for name, dead, changes in (("a", 11, {"top_k": 1}), ("b", 22, {}), ("c", 33, {"seed": 43}), ("d", 44, {"epochs": 2}),
-                                ("e", 55, {"lambda_cntrst": 0.0}), ("f", 66, {"recipe": "paper", "epochs": 3})):
+    for name, dead, changes in (("a", 11, {"top_k": 1}), ("b", 22, {}), ("c", 33, {"seed": 43}),
+                                ("d", 44, {"epochs": 2}), ("e", 55, {"lambda_cntrst": 0.0}),
+                                ("f", 66, {"recipe": "paper", "epochs": 3})):
         recipe = common.RECIPES[changes.get("recipe", "default")]
         cfg = json.loads(json.dumps(vars(common.replace(recipe, **changes))))
         saved = {**made[2], "config": cfg, **{k: cfg[k] for k in ("recipe", "seed")},

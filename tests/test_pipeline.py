@@ -184,7 +184,7 @@ def test_spoiled_input_gives_one_sentence(small_run, tmp_path, script, file, how
     with pytest.raises(SystemExit) as e:
         small_run(script, *flags)
     message = sentence(e)
-    assert re.search(r"run `python 0\d_\w+\.py|lower --lr", message), message
+    assert re.search(r"run `python 0\d_\w+\.py|lower --(blackbox-)?lr", message), message
     left = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "last.pt"}
     if (script, how) != ("04_fusion", "missing"):  # its black box needs no prototypes and is done before
         assert {p: b for p, b in before.items() if p.name != "last.pt"} == left  # no partial output
