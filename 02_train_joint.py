@@ -323,8 +323,9 @@ def train(name, args, cfg, prep, folder=None, report=None):
             with autocast:
                 logits, s = net(augment(x_batch) if cfg.augment else x_batch)
             if black_box:
-                bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y_batch, w)
-                loss = {"total": bce, "bce": bce}
+                bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y_batch, reduction="none")
+                total = (bce if w is None else w * bce).mean()
+                loss = {"total": total, "bce": total}
             else:
                 loss = common.composite_loss(logits.float(), s, y_batch, model.p, model.p_class, jaccard,
                                              cfg.lambdas, w)

@@ -361,7 +361,8 @@ def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
     term, one with all labels no separation term; both still count in N.
     """
     N, P = s.shape
-    bce = F.binary_cross_entropy_with_logits(logits, y, w)                                 # Eq. (3)
+    bce = F.binary_cross_entropy_with_logits(logits, y, reduction="none")                  # [B, C]
+    bce = (bce if w is None else w * bce).mean()                                           # Eq. (3)
     present = y[:, p_class] > 0                                                            # [B, P]
     clst = -_best(s, present).sum() / N                                                    # Eq. (4)
     sep = _best(s, ~present).sum() / N                                                     # Eq. (5)
