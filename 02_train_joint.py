@@ -695,7 +695,7 @@ def main():
         cfg = common.without_contrastive(cfg)
     if args.config:
         cfg = read_config(args.config, cfg)
-    if args.no_contrastive:
+    if args.no_contrastive:  # a file may set the other lambdas, but not this one
         cfg = dataclasses.replace(cfg, lambda_cntrst=0.0)
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
                and getattr(args, f.name, None) is not None}

@@ -501,7 +501,7 @@ def parse(p, argv=None):
     usual = {"data": Path("data/demo" if args.demo else "data/ptbxl"),
              "prep": Path("runs/demo-prep" if args.demo else "runs/prep"), "run": run}
     args.data, args.prep, args.run = (getattr(args, k) or usual[k] for k in usual)
-    torch.set_flush_denormal(True)  # weights that decay to nothing pass 1e-38, where a CPU multiplies ten times slower
+    torch.set_flush_denormal(True)  # weights that decay to nothing pass 1e-38, where a CPU multiplies far slower
     if not 0 <= args.seed < 2**32:
         p.error("--seed must be between 0 and 4294967295")
     if args.threads is not None:
