@@ -5,7 +5,8 @@ differences are paired), what interpretability cost step by step, how far the ex
 models ask of a machine, and the paper's numbers beside ours.
 
 reads   PREP/*.npy, RUN/predictions.json, RUN/logits_NAME.npy; of each model joint.json and joint.pt or projected.pt,
-        prototypes.json, scores.npy and classifier.pt; for the report RUN/cases/*.json and their pages
+        prototypes.json, scores.npy and classifier.pt; RUN/fusion.pt; for the report RUN/cases/*.json and their
+        pages, README.md
 writes  RUN/metrics.json (every number), RUN/results.md (made from it, byte for byte the same each time),
         RUN/figures/per_class_auroc.png and roc.png; RUN/interpretability.json and efficiency.json, each measured once;
         RUN/report.html
@@ -53,7 +54,6 @@ from common import BRANCHES, CODES, GROUPS, MODELS, RATE, SAMPLES, columns, deci
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN is "no such class" here, and the mean of none is NaN
 HERE = Path(__file__).parent
 DRAWS, BATCH, RARE = 1000, 32, 10  # bootstrap draws; the authors' batch; a class with fewer test positives is rare
-DEFAULTS = json.loads(json.dumps(asdict(common.Config())))  # for settings that a run of an older version lacks
 SETS = {**{b: GROUPS[b] for b in BRANCHES},  # Strodthoff et al. 2021 count four of the 16 as diagnostic statements
         "Strodthoff's rhythm": [c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]}
 EFFICIENCY = ["parameters", "MB of weights", "ms per ECG (batch 1 / 256)", "peak MB (batch 1 / 256)"]
@@ -70,7 +70,7 @@ PAPER = [  # Tables 1 and 2: setting, prediction, AUROC without and with contras
     ("macro aggregation, 71", "macro", .8918, .9048, "blackbox-macro", .9052),
     ("fusion classifier, 71", "fusion", .9010, .9248, None, None)]
 MEASURES = {  # metric of interpretability: what it is
-    "duplicates": "Share of prototypes on a window that another prototype of the same class has. Aim: 5 % or less.",
+    "duplicates": "Share of prototypes whose window an earlier prototype of the same class has. Aim: 5 % or less.",
     "dead": "Prototypes without any weight, or whose similarity varies by less than 1 % of its scale. Aim: 0.",
     "diversity": "1 - mean cosine of two prototypes of a class.",
     "separation": "1 - mean cosine of two prototypes of different classes.",
@@ -87,6 +87,8 @@ MEASURES = {  # metric of interpretability: what it is
     "top class": "Share of records whose highest logit stays with its class: under white noise of 20 dB (aim: 95 % or "
                  "more), 0.5 mV of baseline wander before the filter, and circular shifts.",
     "window": "Share of records in which the first prototype of that class matches the same place, to one latent step."}
+DEFINITIONS = "Measured on fold 10; what alters records, on 1,000 of them.\n\n" + "\n".join(
+    f"- {metric}: {definition}" for metric, definition in MEASURES.items())
 COURSE = [  # size against quality: what, prediction, width, rhythm_alone (None: a black box itself)
     ("rhythm branch, small (`--small`)", "rhythm", 32, True),
     ("the same from a black box on 71 labels (`--small --rhythm-alone no`)", "rhythm", 32, False),
@@ -176,11 +178,13 @@ def load_run(run, prep, force):
     for name in [n for n in models if n in MODELS]:
         maker = common.command("02_train_joint.py", name)
         newest = common.newest(run / name, "joint", maker)[1]
-        joint[name] = read(newest.with_suffix(".json"), maker, "config", "device")
-        joint[name]["config"] = {**DEFAULTS, **joint[name]["config"]}
+        joint[name] = read(newest.with_suffix(".json"), maker, "config", "device", "seconds")
+        joint[name]["seconds"] = sum(read(f.with_suffix(".json"), maker, "seconds")["seconds"]  # of all rounds
+                                     for f in newest.parent.glob("joint*.pt"))
         if name not in BOXES:
             found = read(run / name / "prototypes.json", common.command("03_project.py", name), "inputs")
-            if found["inputs"].get("joint") != common.file_hash(newest) and not models[name].get("warnings"):
+            forced = any(f"another {newest}:" in w for w in models[name].get("warnings", []))   # in 04, which says so
+            if found["inputs"].get("joint") != common.file_hash(newest) and not forced:
                 stale.append(f"{run / name} was not projected from its {newest.name}: {common.rerun('03_project.py')}, "
                              "then 04")
     if stale and not force:
@@ -200,15 +204,23 @@ def load_run(run, prep, force):
     return models, joint, stale
 
 
+def another_run(run, prep, force):
+    """`load_run` of another run than this call's, with remedies that name it."""
+    given = [*common.given]
+    common.given[:] = [*(flag for flag in given if not flag.startswith(" --run")), f" --run {run}"]
+    found = load_run(run, prep, force)
+    common.given[:] = given
+    return found
+
+
 def cost_of(name, cfg, run, model, aurocs):
     """A row of the table of what interpretability costs: the AUROC of each step, and how much there is to read."""
     parts = [read(run / m / "prototypes.json", common.command("03_project.py", m), "gap", "distinct", "prototypes")
              for m in ([name] if name in MODELS else BRANCHES)]
     count = [len(part["prototypes"]) for part in parts]
-    own = np.where(np.isfinite(aurocs[name][0]), 0, np.nan)                                # the model's labels only
     box = next((b for b in (common.start_of(name, cfg), "blackbox-1d") if b in aurocs), f"blackbox-{name}")
     steps = {**{s: name + s for s in STEPS}, "sparse": name, "black box": box}
-    return {"name": name, **{s: rounded(np.nanmean(aurocs[n][0] + own)) for s, n in steps.items() if n in aurocs},
+    return {"name": name, **{s: macro(aurocs[n], model["classes"])[0] for s, n in steps.items() if n in aurocs},
             **{k: model[k] for k in ("nonzero", "weights")}, "distinct": sum(part["distinct"] for part in parts),
             "gap": rounded(np.average([part["gap"] for part in parts], weights=count)), "prototypes": sum(count)}
 
@@ -216,21 +228,16 @@ def cost_of(name, cfg, run, model, aurocs):
 # Interpretability: is what an explanation shows what the model goes by?
 
 def geometry(p, p_class, jaccard):
-    """How prototypes lie to each other: p [P, D, T] float64, p_class [P], jaccard [C, C] of the training labels.
-
-    Diversity is 1 - mean cosine of two prototypes of a class, separation of two of different classes (the course
-    proposal's terms; Eq. 6 and 7 train for them). Agreement is Spearman's correlation, over pairs of classes, between
-    the mean cosine of their prototypes and the Jaccard index of their labels, which Eq. (7) asks for.
-    """
-    unit = p.reshape(len(p), -1) / np.linalg.norm(p.reshape(len(p), -1), axis=1, keepdims=True)
+    """How prototypes lie to each other (see MEASURES; Eq. 6 and 7 train for it, "diversity" and "separation" are the
+    course proposal's terms): p [P, D, T] float64, p_class [P], jaccard [C, C] of the training labels."""
+    p = p.reshape(len(p), -1)
+    unit = p / np.linalg.norm(p, axis=1, keepdims=True)
     S, same = unit @ unit.T, p_class[:, None] == p_class                                    # [P, P]
-    other = ~np.eye(len(p), dtype=bool)
-    member = np.eye(len(jaccard))[p_class] / np.bincount(p_class, minlength=len(jaccard))[p_class, None]  # [P, C]
+    member = np.eye(len(jaccard))[p_class] / np.bincount(p_class)[p_class, None]            # [P, C]
     a, b = np.triu_indices(len(jaccard), 1)
-    between, enough = (member.T @ S @ member)[a, b], len(a) > 3  # three classes have three pairs: no correlation
-    return {"diversity": 1 - S[same & other].mean() if (same & other).any() else np.nan,
-            "separation": 1 - S[~same].mean() if (~same).any() else np.nan,
-            "agreement": spearmanr(between, jaccard[a, b])[0] if enough else np.nan}
+    between = (member.T @ S @ member)[a, b]                                                 # [pairs of classes]
+    return {"diversity": 1 - S[same & ~np.eye(len(p), dtype=bool)].mean(), "separation": 1 - S[~same].mean(),
+            "agreement": spearmanr(between, jaccard[a, b])[0] if len(a) > 3 else np.nan}  # not of three classes
 
 
 def purity_lift(s, y, p_class, nearest=10, positives=10, prevalence=0.02):
@@ -244,21 +251,15 @@ def purity_lift(s, y, p_class, nearest=10, positives=10, prevalence=0.02):
     for c in np.flatnonzero((count >= positives) & (count < prevalence * len(y))):
         own = np.argsort(-s[:, p_class == c], axis=0, kind="stable")[:nearest]              # [10, own]
         lifts.append(y[own, c].mean() / y[:, c].mean())
-    return float(np.mean(lifts)) if lifts else np.nan
+    return np.mean(lifts)
 
 
 def evidence(X, W, b, thresholds):
-    """How much of a prediction one must read: standardised scores X [N, P], W [C, P], b [C], thresholds [C] on logits.
-
-    Over all predicted (record, label): the mean number of prototypes, largest first, that hold 95 % of the absolute
-    contributions W_cp X_p to the logit, and the share of the absolute contributions that speak against the label.
-    """
-    records, labels = np.nonzero(X @ W.T + b >= thresholds)
-    if not len(records):
-        return {"prototypes for 95 %": np.nan, "negative evidence": np.nan}
-    needed, against = [], []
-    for part in np.array_split(np.arange(len(records)), 1 + len(records) // 2000):
-        terms = X[records[part]] * W[labels[part]]                                          # [n, P]
+    """How much of a prediction one must read (see MEASURES), the mean over all predicted (record, label): standardised
+    scores X [N, P], W [C, P], b [C], thresholds [C] on logits; the contribution of prototype p is W_cp X_p."""
+    predicted, needed, against = X @ W.T + b >= thresholds, [], []                          # [N, C]
+    for w, rows in zip(W, predicted.T):
+        terms = X[rows] * w                                                                 # [n, P]
         size = -np.sort(-np.abs(terms), axis=1)
         total = np.maximum(size.sum(1, keepdims=True), 1e-12)
         needed += (1 + (size.cumsum(1) < 0.95 * total).sum(1)).tolist()
@@ -304,32 +305,28 @@ def respond(network, x, device):
 
 
 def faithfulness(network, head, x, X, windows, thresholds, rng, device):
-    """Does the matched window matter? Of each record x [N, 12, 1000] the label that exceeds its threshold most, and of
-    that the prototype with the largest contribution: its best windows (at most five, windows [N, P, k]) are cut out of
-    all leads and bridged, and against that equally long cuts elsewhere. X [N, P] are the standardised scores.
-
-    Returns the mean drop of the similarity and of the logit by either cut (the "comprehensiveness" of DeYoung et al.
-    2020, with a control).
+    """Does the matched window of a partial prototype matter? Of each record x [N, 12, 1000] the label that exceeds its
+    threshold most, and of that the prototype with the largest contribution: its best windows (at most five, windows
+    [N, P, k]) are cut out of all leads and bridged, and against that equally long cuts elsewhere. X [N, P] are the
+    standardised scores. The mean drop of the similarity and of the logit by either cut is the "comprehensiveness" of
+    DeYoung et al. 2020, with a control.
     """
     over = np.nan_to_num(X @ head["W"].T + head["b"] - thresholds, nan=-np.inf)
     label = over.argmax(1)
     rows = np.flatnonzero(over[np.arange(len(x)), label] >= 0)
-    j = (X * head["W"][label]).argmax(1)                                                    # [N]
-    cut, control = x[rows].copy(), x[rows].copy()
+    X, label = X[rows], label[rows]
+    j = (X * head["W"][label]).argmax(1)                                                    # [n] first prototype
+    cut, control = x[rows], x[rows]
     for n, i in enumerate(rows):
         mask = np.zeros(SAMPLES, bool)
-        for w in windows[i, j[i]]:
+        for w in windows[i, j[n]]:
             mask[slice(*common.window_samples(network.kind, int(w)))] = True
-        if not mask.all():
-            cut[n], control[n] = bridged(x[i], mask), bridged(x[i], elsewhere(mask, rng))
-    drops = {}
-    for name, changed in (("cut", cut), ("control", control)):
-        X_new = (respond(network, changed, device)[0] - head["mean"]) / head["std"]
-        move = X[rows] - X_new
-        drops[name] = [(move[np.arange(len(rows)), j[rows]] * head["std"][j[rows]]).mean(),
-                       (move * head["W"][label[rows]]).sum(1).mean()]
-    return {f"{what} drop, {name}": drops[name][i] if len(rows) else np.nan
-            for i, what in enumerate(("similarity", "logit")) for name in drops}
+        cut[n], control[n] = bridged(x[i], mask), bridged(x[i], elsewhere(mask, rng))
+    moves = {name: X - (respond(network, changed, device)[0] - head["mean"]) / head["std"]  # [n, P]
+             for name, changed in (("cut", cut), ("control", control))}
+    return {**{f"similarity drop, {name}": (move[np.arange(len(j)), j] * head["std"][j]).mean()
+               for name, move in moves.items()},
+            **{f"logit drop, {name}": (move * head["W"][label]).sum(1).mean() for name, move in moves.items()}}
 
 
 def stability(seen, head, variants, kind):
@@ -351,12 +348,12 @@ def interpretability(run, prep, models, device, seed):
     """{model: {metric: value}} of every prototype model and the fusion in `models`, on fold 10: all of it, or for what
     needs new forward passes 1,000 of its records. Measured once, kept in RUN/interpretability.json."""
     names = [n for n in models if n in MODELS and n not in BOXES]
-    files = [*(run / k for n in names for k in models[n]["inputs"]), *(run / n / "classifier.pt" for n in names)]
-    files += [run / "fusion.pt"] * ("fusion" in models)
-    if missing := [f for f in files if not f.is_file()]:
-        sys.exit(f"{missing[0]} is missing: run `python 04_fusion.py` again")
-    made_from = {"prep": common.file_hash(prep.path), **{str(f.relative_to(run)): common.file_hash(f) for f in files}}
-    made_from |= {**{k: common.file_hash(HERE / k) for k in ("05_evaluate.py", "common.py")}, "seed": seed}
+    files = [*(k for n in names for k in models[n]["inputs"]), *(f"{n}/classifier.pt" for n in names)]
+    files += ["fusion.pt"] * ("fusion" in models)
+    if missing := [f for f in files if not (run / f).is_file()]:
+        sys.exit(f"{run / missing[0]} is missing: {common.rerun('04_fusion.py')} again")
+    made_from = {"prep": common.file_hash(prep.path), **{f: common.file_hash(run / f) for f in files},
+                 **{k: common.file_hash(HERE / k) for k in ("05_evaluate.py", "common.py")}, "seed": seed}
     path = run / "interpretability.json"
     try:
         kept = json.loads(path.read_text())
@@ -367,8 +364,8 @@ def interpretability(run, prep, models, device, seed):
 
     rng, test = np.random.default_rng(seed), np.flatnonzero(prep.test)
     rows = np.sort(rng.choice(test, min(1000, len(test)), replace=False))
-    x = np.array(prep.signals[rows])
-    variants, found, seen_by = {"": (x, 0), **disturbed(x, rng)}, {}, {}
+    x = prep.signals[rows]
+    variants, found, scores_of, seen_by = {"": (x, 0), **disturbed(x, rng)}, {}, {}, {}
     for name in tqdm(names, desc="interpretability", leave=False, disable=None):
         (source, *_), maker = models[name]["inputs"], common.command("04_fusion.py", name)
         network = common.load_model(run / source, maker, device)[0]
@@ -378,6 +375,7 @@ def interpretability(run, prep, models, device, seed):
         if scores.shape != (len(prep.folds), len(network.p)) or len(head["b"]) != len(network.classes):
             sys.exit(f"{run / name}/scores.npy or classifier.pt does not fit {source}: {common.rerun(maker)} again")
         own, s = columns(network.classes), scores[prep.test].astype(np.float64)
+        scores_of[name] = s
         p_class, jaccard = network.p_class.cpu().numpy(), np.array(prep.info["jaccard"])[own][:, own]
         head["thresholds"] = decision_thresholds(prep.labels[prep.val][:, own], models[name]["fold 9"][:, own])
         seen = seen_by[name] = {v: respond(network, changed, device) for v, (changed, _) in variants.items()}
@@ -385,17 +383,17 @@ def interpretability(run, prep, models, device, seed):
         found[name] = {
             "duplicates": 1 - places["distinct"] / len(places["prototypes"]),
             "dead": int(((head["W"] == 0).all(0) | (s.std(0) < 0.01 * network.a)).sum()),
-            **geometry(network.p.detach().double().cpu().flatten(1).numpy(), p_class, jaccard),
+            **geometry(network.p.detach().double().cpu().numpy(), p_class, jaccard),
             "purity lift": purity_lift(s, prep.labels[prep.test][:, own], p_class),
             **evidence(X[0], head["W"], head["b"], head["thresholds"]), **stability(seen, head, variants, network.kind)}
         if network.kind == "partial":
             found[name] |= faithfulness(network, head, x, X[1], seen[""][1], head["thresholds"], rng, device)
-    if "fusion" in models and all(b in names for b in BRANCHES):
+    if "fusion" in models:
         head = common.load_head(run / "fusion.pt", "04_fusion.py")[1]
         own = columns(models["fusion"]["classes"])
         seen = {v: (np.concatenate([seen_by[b][v][0] for b in BRANCHES], 1), None) for v in variants}
         thresholds = decision_thresholds(prep.labels[prep.val][:, own], models["fusion"]["fold 9"][:, own])
-        s = np.concatenate([common.load_npy(run / b / "scores.npy", "04_fusion.py")[prep.test] for b in BRANCHES], 1)
+        s = np.concatenate([scores_of[b] for b in BRANCHES], 1)
         found["fusion"] = {**evidence((s - head["mean"]) / head["std"], head["W"], head["b"], thresholds),
                            **stability(seen, head, variants, "fusion")}
     found = {n: {k: v if isinstance(v, int) else rounded(v) for k, v in each.items()} for n, each in found.items()}
@@ -426,20 +424,18 @@ def measure(paths, outputs, device, threads):
                 resource.RUSAGE_SELF).ru_maxrss
 
         before = peak()
-        networks = [common.load_model(p, "02_train_joint.py", device)[0] for p in paths]
-        parts = networks
+        networks, head = [common.load_model(p, "02_train_joint.py", device)[0] for p in paths], torch.nn.Identity()
         if len(networks) > 1:  # similarities of all branches side by side, Eq. (9), and one classifier for them
             head = torch.nn.Linear(sum(len(n.p) for n in networks), outputs, device=device)
             for network in networks:
                 network.head = torch.nn.Identity()
-            parts = [*networks, head]
+        whole = torch.nn.ModuleList([*networks, head])
 
         def logits(x):
-            s = [network(x)[0] for network in networks]
-            return s[0] if len(networks) == 1 else head(torch.cat(s, 1))
+            return head(torch.cat([network(x)[0] for network in networks], 1))
 
-        out = {"parameters": sum(w.numel() for part in parts for w in part.parameters()),
-               "MB": sum(w.nbytes for part in parts for w in part.state_dict().values()) / 1e6}
+        out = {"parameters": sum(w.numel() for w in whole.parameters()),
+               "MB": sum(w.nbytes for w in whole.state_dict().values()) / 1e6}
         for batch, repeats in ((1, 25), (256, 5)):
             x, seconds = torch.randn(batch, 12, 1000, device=device), []
             for _ in range(1 + repeats):
@@ -466,7 +462,7 @@ def efficiency(args, models):
     try:
         old = json.loads(path.read_text())
         known = old["models"] if old["machine"] == machine else {}
-        known = {n: row for n, row in known.items() if n in models and row["inputs"] == models[n]["inputs"]}
+        known = {n: row for n, row in known.items() if n not in models or row["inputs"] == models[n]["inputs"]}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):  # none yet, or not whole
         known = {}
     # a server that has the libraries but has computed nothing forks a fresh process for each model
@@ -474,7 +470,6 @@ def efficiency(args, models):
     fresh = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), common.begin_worker,
                                 max_tasks_per_child=1)
     names = [n for n in models if n in MODELS or n == "fusion"]
-    names = [n for n in names if all((args.run / k).is_file() for k in models[n]["inputs"])]
     stop = []
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C waits for the process at work
     with fresh:
@@ -495,7 +490,7 @@ def efficiency(args, models):
 
 def number(v, sign=""):
     """.9321 as the paper prints it, +.0012 or -.0000 with sign "+", a dash for None."""
-    return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{v if sign else round(v, 4) + 0.0:{sign}.4f}")
+    return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{v:{sign or 'z'}.4f}")
 
 
 def cell(v, sign=""):
@@ -542,10 +537,8 @@ def interpretability_cell(metric, found):
     if None not in drops:
         times = f" ({drops[0] / drops[1]:.1f} times)" if drops[0] > 0 and drops[1] > 0 else ""
         return f"{number(drops[0])}, elsewhere {number(drops[1])}{times}"
-    v = found.get(metric)
-    if v is None or metric == "dead":
-        return "–" if v is None else str(v)
-    return f"{v:.1f}" if metric in ("purity lift", "prototypes for 95 %") else number(v)
+    v, digits = found.get(metric), {"dead": 0, "purity lift": 1, "prototypes for 95 %": 1}
+    return f"{v:.{digits[metric]}f}" if v is not None and metric in digits else number(v)
 
 
 def interpretability_table(columns_):
@@ -559,23 +552,17 @@ def interpretability_table(columns_):
             for some in columns_.values():
                 cells = [interpretability_cell(k, found) for found in some]
                 known = [c for c in cells if c != "–"]
-                rows[-1].append(" / ".join(cells) if len(known) > 1 else (known or ["–"])[0])
+                rows[-1].append(" / ".join(cells if len(known) > 1 else known) or "–")
     return table(["", *columns_], rows)
 
 
 def answer(question, v):
     """Yes or no to a question of the paper's section 4, from a paired difference [value, low, high]."""
-    if "Cost" in question:
+    if "?" not in question:  # what something cost, or just another run
         return "–"
     if v[1] <= 0 <= v[2]:
         return "no difference shown"
     return "no" if v[0] < 0 else "yes, better" if "as good" in question.lower() else "yes"
-
-
-def definitions():
-    """What the rows of interpretability_table mean, as a list."""
-    return "Measured on fold 10; what alters records, on 1,000 of them.\n\n" + "\n".join(
-        f"- {metric}: {definition}" for metric, definition in MEASURES.items())
 
 
 def efficiency_cells(row):
@@ -592,9 +579,10 @@ def machine_text(e):
 
 def beside(m):
     """(name, {code: its AUROC ...}) of the black box to show beside classes: on all labels, or else of one group."""
-    boxes = [n for n in ("blackbox-1d", *(f"blackbox-{b}" for b in BRANCHES)) if n in m["per_class"]]
-    name = boxes[0] if boxes else "black box"
-    return name, m["per_class"].get(name, {})
+    for name in ("blackbox-1d", *(f"blackbox-{b}" for b in BRANCHES)):
+        if name in m["per_class"]:
+            return name, m["per_class"][name]
+    return "black box", {}
 
 
 def by_group(m):
@@ -642,7 +630,7 @@ def report(m):
             "that it became. Distinct: different patches within each class.",
             "## Interpretability", interpretability_table(
                 {n + suffix: [found] for suffix, some in m["interpretability"].items() for n, found in some.items()}),
-            definitions(),
+            DEFINITIONS,
             "## Efficiency",
             table(["model", *EFFICIENCY], [[n, *efficiency_cells(r)] for n, r in m["efficiency"]["models"].items()]),
             f"Measured in float32 on {machine_text(m['efficiency'])}, for one ECG at a time and for 256 at once. Time: "
@@ -662,8 +650,8 @@ def report(m):
             table(["label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1", "at logit", box_name],
                   [[c, name, positives[c], cell(v[:3]), *map(number, v[3:]), cell(box[c][:3]) if c in box else "–"]
                    for _, name, each in by_group(m) for c, v in each.items()]),
-            f"{len(rare)} labels have fewer than {RARE} positives in fold 10; they weigh as much as any other in the "
-            f"macro mean, and their own intervals say little: {' '.join(rare)}.",
+            f"Labels with fewer than {RARE} positives in fold 10; they weigh as much as any other in the macro mean, "
+            f"and their own intervals say little: {' '.join(rare) or 'none'}.",
             f"Not modelled, without a training record: {' '.join(c for c in codes if c in m['left_out']) or 'none'}. "
             f"In no mean, without a test positive: {' '.join(c for c in codes if not positives[c]) or 'none'}."]
     return "\n\n".join(out) + "\n"
@@ -676,9 +664,9 @@ def course_table(runs):
         some = [r for r in runs if r["recipe"] == "default" and r["contrastive"] and r["counts"]["test"] == 2198
                 and name in r["predictions"] and r["width"] == width and not changed(r, free)
                 and alone in (None, r["config"]["rhythm_alone"])]
-        measured = [r["efficiency"] for r in some if name in r.get("efficiency", {}).get("models", {})][:1]
-        rows.append([what, pooled(some, name, True)] + (
-            [*efficiency_cells(measured[0]["models"][name]), machine_text(measured[0])] if measured else ["–"] * 5))
+        e = next((r["efficiency"] for r in some if name in r.get("efficiency", {}).get("models", {})), None)
+        rows.append([what, pooled(some, name, True),
+                     *([*efficiency_cells(e["models"][name]), machine_text(e)] if e else ["–"] * 5)])
     rows.append(["the paper's rhythm branch, by its authors' measure", number(PAPER[0][3]), *["–"] * 5])
     return table(["model", "macro-AUROC, 16 labels", *EFFICIENCY, "measured on"], rows)
 
@@ -687,9 +675,10 @@ def changed(run, free=("seed", "width")):
     """The settings of a saved run that are not its recipe's (with or without contrastive loss), as a tuple of texts;
     those of `free` may differ."""
     base = common.RECIPES[run["recipe"]]
-    base = asdict(base if run["contrastive"] else common.without_contrastive(base))
-    return tuple(f"{k} {v}" for k, v in run["config"].items()
-                 if k not in free and v != json.loads(json.dumps(base.get(k))))
+    base = json.loads(json.dumps(asdict(base if run["contrastive"] else common.without_contrastive(base))))
+    own = {n: t["config"] for n, t in run["trained"].items() if "config" in t and n not in BOXES}
+    return (*(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != base.get(k)),
+            *(f"{k} {v} ({n})" for n, config in own.items() for k, v in config.items() if v != run["config"][k]))
 
 
 def fill(text, what, parts):
@@ -701,13 +690,14 @@ def fill(text, what, parts):
 
 
 def paired_table(some):
-    """Paired differences of runs that differ in seed (and in contrastive loss: only their answers to 4.2)."""
+    """Paired differences of runs that differ in seed; with contrastive loss, if there are any."""
+    some = [r for r in some if r["contrastive"] == some[0]["contrastive"]]
     seeds, rows = sorted({r["seed"] for r in some}), {}
     for r in some:
         for question, pairs in r["differences"].items():
             for pair, v in pairs.items():  # no interval: predictions of one and the same model
-                if v[3] and v[1] < v[2] and (r["contrastive"] == some[0]["contrastive"] or "4.2" in question):
-                    rows.setdefault((question, pair), {}).setdefault(r["seed"], v)
+                if v[3] and v[1] < v[2]:
+                    rows.setdefault((question, pair), {})[r["seed"]] = v
     return table(["question", "difference", *(f"seed {seed}: AUROC [95 %]" for seed in seeds), "answer"], [
         [question, pair, *(cell(v[seed][:3], "+") if seed in v else "–" for seed in seeds),
          " / ".join(dict.fromkeys(answer(question, v[seed]) for seed in seeds if seed in v))]
@@ -717,15 +707,17 @@ def paired_table(some):
 def pooled(some, name, contrastive, key="auroc"):
     """A cell for runs that differ in seed: value [interval] of one; of several mean ± standard deviation [mean of both
     ends]. contrastive None takes runs with and without that loss; key "per batch" and "fold 9" have no interval."""
-    found = [r["predictions"][name][key] for r in {r["seed"]: r for r in some if name in r["predictions"] and
-                                                   contrastive in (None, r["contrastive"])}.values()]
-    values = np.array([v[:3] if key == "auroc" else [v] for v in found], float)
-    if len(found) < 2:
-        seeds = {r["seed"] for r in some}
-        alone = f" (seed {min(seeds)})" if found and len(seeds) > 1 else ""
-        return "not run" if not found else (cell(found[0]) if key == "auroc" else number(found[0])) + alone
+    by_seed = {r["seed"]: r["predictions"][name][key] for r in some
+               if name in r["predictions"] and contrastive in (None, r["contrastive"])}
+    if not by_seed:
+        return "not run"
+    seed, *more = by_seed
+    if not more:
+        value = cell(by_seed[seed]) if key == "auroc" else number(by_seed[seed])
+        return value + f" (seed {seed})" * (len({r["seed"] for r in some}) > 1)
+    values = np.array([*by_seed.values()], float).reshape(len(by_seed), -1)
     interval = f" [{number(values[:, 1].mean())}, {number(values[:, 2].mean())}]" if key == "auroc" else ""
-    return f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))} ({len(found)} seeds){interval}"
+    return f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))} ({len(by_seed)} seeds){interval}"
 
 
 def folded(title, *parts):
@@ -753,15 +745,15 @@ def glance(recipes):
 def tables_of(title, some):
     """A recipe's own tables, folded: the paper's, by both measures, the cost of interpretability, differences."""
     first = some[0]
-    times = ", ".join(f"{n} {t['seconds'] / 60:.0f} ({t.get('threads', '?')})" for n, t in first["trained"].items()
-                      if t.get("seconds"))
+    times = ", ".join(f"{n} {t['seconds'] / 60:.0f} ({t['threads']})" for n, t in first["trained"].items())
+    trained_on = " and ".join(dict.fromkeys(str(t["hardware"]) for t in first["trained"].values()))
     return folded(
         f"{title}: Tables 1 and 2, the cost of interpretability, paired differences",
         paper_table(lambda *a: pooled(some, *a)),
         f"By the authors' measure, the mean over batches of {BATCH}:",
         paper_table(lambda *a: pooled(some, *a, key="per batch")),
         f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):", cost_table(first),
-        f"Minutes of Stage 1 on {first['hardware']} (threads): {times or 'not known'}.",
+        f"Minutes of Stage 1 on {trained_on} (threads): {times}.",
         "Paired differences on the test set:", paired_table(some))
 
 
@@ -770,7 +762,6 @@ def readme():
     keys = "recipe seed width contrastive config counts predictions differences cost trained hardware".split()
     runs = [read(f, "05_evaluate.py --save NAME", *keys) for f in sorted((HERE / "tests" / "results").glob("*.json"))]
     path = HERE / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not runs:
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
     same = {}  # runs that differ in nothing but seed and contrastive loss; of a recipe, the fewest changes come first
@@ -788,7 +779,7 @@ def readme():
                 continue
             rows = {f"{what}: {changes or 'as it is'}{loss}": those}
             if len(those) > 1 and not changes:  # what an ablation, of one seed, is to be compared with
-                rows[f"{what}: as it is, seed {those[0]['seed']}"] = those[:1]
+                rows[f"{what}: as it is{loss}, seed {those[0]['seed']}"] = those[:1]
             ablations += [[setting, *(pooled(each, n, None, key) for n in names for key in ("fold 9", "auroc"))]
                           for setting, each in rows.items()]
             found = max((r.get("interpretability", {}).get("", {}) for r in those), key=len)
@@ -803,8 +794,9 @@ def readme():
                          table(["setting", *(f"{n}, fold {k}" for n in names for k in (9, 10))], ablations))
     if measured:
         tables += folded("Interpretability (rhythm / morphology / global / fusion; a single value is of morphology)",
-                         interpretability_table(measured), definitions())
-    text = fill(fill(text, "results", glance(recipes) + tables), "course", [course_table(runs)])
+                         interpretability_table(measured), DEFINITIONS)
+    text = fill(path.read_text(encoding="utf-8"), "results", glance(recipes) + tables)
+    text = fill(text, "course", [course_table(runs)])
     with common.replacing(path) as t:
         t.write_text(text, encoding="utf-8")
     print(f"{path.name}: tables of {len(runs)} runs")
@@ -844,7 +836,7 @@ def ratings_table(files):
         row = [reviewer]
         for criterion in ("representativeness", "clarity"):
             v = np.array([*score(reviewer, criterion).values()], float)
-            half = 1.96 * v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else np.nan
+            half = 1.96 * v.std(ddof=1) / len(v) ** 0.5
             row.append(f"{v.mean():.2f} [{v.mean() - half:.2f}, {v.mean() + half:.2f}] of {len(v)}" if len(v) else "–")
         rows.append(row)
     rows += [["paper: cardiologist", "4.29 [4.22, 4.35]", "4.48 [4.42, 4.54]"],
@@ -995,9 +987,8 @@ def limits_text(m):
            f"{', '.join(map(plain, rare)) or 'none'}.",
            "- The paper's numbers are means over test batches of 32, ours are over the whole test set at once."]
     own += ["- **The test set is not the paper's 2,198 records.**"] * (m["counts"]["test"] != 2198)
-    page = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").is_file() else ""
-    general = re.search(r"(?ms)^## Limits\n(.*?)(?=^## |\Z)", page)
-    return "\n".join(own) + "\n\n" + (general[1].strip() if general else "")
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    return "\n".join(own) + "\n\n" + page.split("\n## Limits\n")[1].split("\n## ")[0].strip()
 
 
 def reproduce_text(args, m, info):
@@ -1015,33 +1006,39 @@ def reproduce_text(args, m, info):
                 flags += f" --{k.replace('_', '-')} {value}"
         return common.command_line("02_train_joint.py") + flags
 
-    apart = {n: t["config"] for n, t in m["trained"].items() if t.get("config")}  # black boxes of another run
+    apart = {n: t["config"] for n, t in m["trained"].items() if t.get("config")}  # with settings of their own
     starts = {common.start_of(n, cfg) for n in m["trained"] if n not in BOXES}
     names, models = [n for n in m["trained"] if n not in {*starts, *apart}], ""
     if sorted(names) != sorted(["rhythm"] if args.small else BRANCHES):
-        models = f" --model {' '.join(names or m['trained'])}"
-    rounds = f" --model {' '.join(n for n in names if n not in BOXES)}" if models else ""
+        models = f" --model {' '.join(names)}"
+    again = f" --model {' '.join(n for n in names if n not in BOXES)}" if models else ""
     asked = info["records"] + len(info["skipped"])
     records = f" --records {asked}" * (asked != 21799 and not args.demo) + " --skip-bad" * bool(info["skipped"])
-    lines = ["python 00_download.py" + " --demo" * args.demo, common.command_line("01_preprocess.py") + records]
-    lines += [f"{stage_1(config)} --model {n}" for n, config in apart.items()]
-    for round_ in range(1, cfg.rounds + 1):
-        lines += [stage_1(m["config"]) + (f"{rounds} --round {round_}" if round_ > 1 else models),
-                  common.command_line("03_project.py")]
-    lines += map(common.command_line, ("04_fusion.py", "05_evaluate.py", f"06_plot_prototypes.py{example(args, info)}",
+    imagenet = cfg.width == 64 and cfg.start != "random" and any(
+        n in ("blackbox-2d", "blackbox-morphology", "blackbox-global") or cfg.start == "imagenet" for n in m["trained"])
+    lines = ["python 00_download.py" + " --demo" * args.demo + " --imagenet" * imagenet,
+             common.command_line("01_preprocess.py") + records]
+    lines += [f"{stage_1(config)} --model {n}" for n, config in apart.items() if n in BOXES]
+    lines += [stage_1(m["config"]) + models]
+    for round_ in range(1, cfg.rounds + 1) if starts else ():
+        more = f" --round {round_}" * (round_ > 1)
+        lines += [stage_1(m["config"]) + again + more] * (round_ > 1)
+        lines += [f"{stage_1(config)} --model {n}{more}" for n, config in apart.items() if n not in BOXES]
+        lines += [common.command_line("03_project.py")]
+    lines += map(common.command_line, ("04_fusion.py", "05_evaluate.py", f"06_plot_prototypes.py{example(info)}",
                                        "05_evaluate.py --report"))
     about = [("seed", cfg.seed), *m["versions"].items(), ("evaluated on", m["hardware"]),
              *((f"{n} trained on", f"{t['hardware']}" + (f", {t['seconds'] / 60:.1f} minutes" if t["seconds"] else ""))
                for n, t in m["trained"].items() if t.get("hardware")),
              *((f"fingerprint of {k}", v) for k, v in {**info["inputs"], **info["sha256"]}.items())]
-    settings = [(k, " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v) for k, v in m["config"].items()]
+    settings = [(k, " ".join(map(str, v)) if isinstance(v, list) else v) for k, v in m["config"].items()]
     return "\n\n".join(["Install `requirements.txt`, then in the folder of the scripts:", "```\n" + "\n".join(lines) +
                         "\n```", table(["what", "value"], [map(plain, row) for row in about]),
                         "Every setting (`Config` in common.py says what each one is):",
                         table(["setting", "value"], [map(plain, row) for row in settings])])
 
 
-def example(args, info):
+def example(info):
     """Flags of 06 for test ECGs worth a look: those of the paper's Figures 3, 4 and 6, or the first ones."""
     test = info["test_ecgs"]
     return " --case " + " ".join(str(e) for e in [e for e in (449, 3908, 12126) if e in test] or test[:3])
@@ -1074,7 +1071,7 @@ def cases_html(args, render, prep, info):
         except (AttributeError, KeyError, OSError, TypeError, ValueError):
             sys.exit(f"{path} or one of its pages is damaged: {common.rerun(maker)} again")
         out.append(f'<div class="case">{render(text)}{"".join(pages)}</div>')
-    again = f"`{common.command_line('06_plot_prototypes.py' + example(args, info))}`"
+    again = f"`{common.command_line('06_plot_prototypes.py' + example(info))}`"
     note = ("A contribution is the weight of a prototype times how far its similarity lies above its mean over the "
             f"training records, in standard deviations. {again} adds more." if out else
             f"No ECG has been explained yet: run {again}, then this command again.")
@@ -1157,12 +1154,15 @@ def main():
     prep = common.load_prep(args.prep)
     models, joint, stale = load_run(args.run, prep, args.force)
     if args.ensemble:
-        boxes = [models, *(load_run(other, prep, args.force)[0] for other in args.ensemble)]
-        if lacking := [r for r, m in zip([args.run, *args.ensemble], boxes) if "blackbox-1d" not in m]:
+        boxes = {args.run: models}
+        for other in args.ensemble:
+            boxes[other], _, more = another_run(other, prep, args.force)
+            stale += more
+        if lacking := [r for r, m in boxes.items() if "blackbox-1d" not in m]:
             sys.exit(f"{lacking[0]} has no predictions of blackbox-1d: run `python 04_fusion.py --run {lacking[0]}`")
         models["blackbox-ensemble"] = {**models["blackbox-1d"], **{
-            fold: np.mean([m["blackbox-1d"][fold] for m in boxes], 0) for fold in ("fold 9", "fold 10")}}
-    for name in set(args.model or []) - set(models):
+            fold: np.mean([m["blackbox-1d"][fold] for m in boxes.values()], 0) for fold in ("fold 9", "fold 10")}}
+    for name in [n for n in args.model or [] if n not in models]:
         sys.exit(f"{args.run} has no predictions of {name}: {common.rerun(common.command('04_fusion.py', name))} first")
     if args.model:
         joint = {n: joint[n] for n in joint if n in args.model}
@@ -1171,7 +1171,7 @@ def main():
     final, pairs, against = [n for n in models if not n.endswith(STEPS)], dict(PAIRS), {}
     own, setting = list(final), next(iter(joint.values()))["config"]  # a prototype model's if there is one
     if args.against:  # its predictions join ours as "NAME of RUN2"
-        theirs, joint_2, more = load_run(args.against, prep, args.force)
+        theirs, joint_2, more = another_run(args.against, prep, args.force)
         run_2, stale = args.against.name, stale + more
         models.update({f"{n} of {run_2}": theirs[n] for n in own if n in theirs})
         final += [f"{n} of {run_2}" for n in own if n in theirs]
@@ -1211,12 +1211,13 @@ def main():
             "auprc": rounded(np.nanmean(auprc)), "f1": rounded(np.nanmean(f1)),
             "fold 9": rounded(common.macro_auroc(y_val, s_val)),
             "per batch": rounded(per_batch_auroc(y[by_id], s[by_id]))}
-        per_class[name] = {c: [*macro(aurocs[name], [c])[:3], *map(rounded, np.stack([auprc, f1, thresholds])[:, i])]
+        per_class[name] = {c: [*macro(aurocs[name], [c])[:3], *map(rounded, (auprc[i], f1[i], thresholds[i]))]
                            for i, c in enumerate(CODES) if c in models[name]["classes"]}
 
     read_out = {"": interpretability(args.run, prep, {n: models[n] for n in own}, args.device, args.seed)}
     if args.against:
-        read_out[f" of {run_2}"] = interpretability(args.against, prep, theirs, args.device, args.seed)
+        found = interpretability(args.against, prep, theirs, args.device, args.seed)
+        read_out[f" of {run_2}"] = {n: found[n] for n in found if n in own}
     differences = {question: {f"{a} - {b}": macro(aurocs[a] - aurocs[b], CODES) for a, b in some if {a, b} <= {*aurocs}}
                    for question, some in pairs.items()}
     metrics = {
@@ -1225,7 +1226,7 @@ def main():
         "hardware": common.hardware(args.device),
         "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
         "trained": {n: {**{k: j.get(k) for k in ("device", "hardware", "threads", "seconds", "epochs", "best_epoch")},
-                        **({"config": j["config"]} if n in BOXES and j["config"] != setting else {})}
+                        **({"config": j["config"]} if j["config"] != setting else {})}
                     for n, j in joint.items()},
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),
                    "test_positives": positives},

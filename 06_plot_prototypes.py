@@ -19,8 +19,8 @@ writes  RUN/figures/gallery.html and RUN/figures/MODEL/*.png; of a case RUN/case
 A prototype contributes w * (s - mean) / std to a label's logit, mean and std being those of its similarity s in the
 training folds. So the bias is the logit of the average training record, and bias and contributions add up to the logit.
 
-The review page exports {"format": 1, "kind": "protoecgnet-ratings", "reviewer": str, "run": str, "ratings":
-{"MODEL/INDEX": {"class": str, "representativeness": 1-5 or null, "clarity": 1-5 or null,
+The review page exports {"format": 1, "kind": "protoecgnet-ratings", "reviewer": str, "run": str, "made": the models'
+fingerprints, "ratings": {"MODEL/INDEX": {"class": str, "representativeness": 1-5 or null, "clarity": 1-5 or null,
 "mark": "best", "bad", "label-error" or null, "comment": str}}}, for `05_evaluate.py --ratings A.json B.json` (Table 3).
 
 Takes one to two minutes for 1,037 prototypes on 2 CPU cores (75 MB), and about a second for each page of a case.

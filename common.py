@@ -513,17 +513,17 @@ def parse(p, argv=None):
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     args.device = torch.device(args.device)
-    _given[:] = [f" --{k} {getattr(args, k)}" for k in usual if getattr(args, k) != usual[k]]
-    _given[:0] = [f" --recipe {args.recipe}"] * (args.recipe != "default") + [f" --{k}" for k in kind]
+    given[:] = [f" --{k} {getattr(args, k)}" for k in usual if getattr(args, k) != usual[k]]
+    given[:0] = [f" --recipe {args.recipe}"] * (args.recipe != "default") + [f" --{k}" for k in kind]
     return args
 
 
-_given = []  # the flags of this call that say which run it works on, for `rerun`
+given = []  # the flags of this call that say which run it works on, for `rerun`
 
 
 def command_line(maker):
     """The command that runs stage `maker` with the flags that say which run this is; only 00 and 01 read --data."""
-    return f"python {maker}" + "".join(flag for flag in _given if maker < "02" or not flag.startswith(" --data"))
+    return f"python {maker}" + "".join(flag for flag in given if maker < "02" or not flag.startswith(" --data"))
 
 
 def rerun(maker):

@@ -271,7 +271,7 @@ def test_interpretability_of_a_run_is_measured_once(monkeypatch, tmp_path, capsy
     (tmp_path / "run" / "rhythm" / "classifier.pt").unlink()
     with pytest.raises(SystemExit) as e:
         run_stage(monkeypatch, "05_evaluate", *flags)
-    assert "classifier.pt is missing: run `python 04_fusion.py`" in sentence(e)
+    assert "classifier.pt is missing: run `python 04_fusion.py " in sentence(e)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,6 +524,17 @@ def test_against_another_run(monkeypatch, small, tmp_path):
     assert metrics["against"] == {} and "Against other" in metrics["differences"]
     row = next(line for line in (run / "results.md").read_text().splitlines() if line.startswith("| rhythm branch"))
     assert row.split("|")[3].strip() == "not run"
+    (other / "predictions.json").unlink()
+    with pytest.raises(SystemExit) as error:  # the remedy is for the other run, not for this one
+        evaluate(monkeypatch, run, prep, "--against", other)
+    assert f"--run {other}`" in sentence(error) and f"--run {run}`" not in sentence(error)
+
+
+def test_against_another_run_shows_of_it_the_models_asked_for(monkeypatch, tmp_path):
+    prep = fake_prep(tmp_path / "prep")
+    runs = [fake_run(tmp_path / f"r{on}", prep, ["rhythm", "global"], contrastive=on) for on in (True, False)]
+    found = evaluate(monkeypatch, runs[0], prep, "--model", "global", "--against", runs[1])["interpretability"]
+    assert found[" of rFalse"] == {}  # the fake knows rhythm alone
 
 
 def test_ensemble_is_the_mean_of_the_black_boxes_logits(monkeypatch, tmp_path, small):
@@ -539,6 +550,9 @@ def test_ensemble_is_the_mean_of_the_black_boxes_logits(monkeypatch, tmp_path, s
     with pytest.raises(SystemExit) as error:
         evaluate(monkeypatch, runs[0], prep, "--ensemble", lacking)
     assert f"run `python 04_fusion.py --run {lacking}`" in sentence(error)
+    (runs[2] / "blackbox-1d" / "joint.pt").write_text("trained again")
+    warnings = evaluate(monkeypatch, runs[0], prep, "--force", "--ensemble", *runs[1:])["warnings"]
+    assert len(warnings) == 1 and "is not what the predictions were made from" in warnings[0]
 
 
 @pytest.mark.parametrize("value, better, as_good", [
@@ -547,6 +561,7 @@ def test_ensemble_is_the_mean_of_the_black_boxes_logits(monkeypatch, tmp_path, s
 def test_answers_follow_the_interval(value, better, as_good):
     assert ev.answer("Do three branches beat one? (4.1)", value) == better
     assert ev.answer("As good as a black box? (4.3)", value) == as_good
+    assert ev.answer("Against plain", value) == ev.answer("Cost of projection (3.5)", value) == "–"  # no question
 
 
 def test_tables_of_the_readme_are_what_readme_writes(monkeypatch, tmp_path):
@@ -641,6 +656,39 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
     assert "<summary>paper recipe, width 64" in page.read_text()  # with changes, but there is none without
 
 
+def test_a_cell_names_the_seed_that_it_is_of():
+    def run(seed, *names):
+        return {"seed": seed, "contrastive": True, "predictions": {n: {"auroc": [.9, .8, .95, 71, 71]} for n in names}}
+
+    some = [run(42, "rhythm"), run(43, "rhythm", "all-1d")]
+    assert ev.pooled(some, "all-1d", True) == ".9000 [.8000, .9500] (seed 43)"
+    assert ev.pooled(some[1:], "all-1d", True) == ".9000 [.8000, .9500]"
+    assert ev.pooled(some, "rhythm", True).startswith(".9000 ± .0000 (2 seeds)")
+    assert ev.pooled(some, "fusion", True) == ev.pooled([], "rhythm", True) == "not run"
+
+
+def test_a_branch_with_settings_of_its_own_is_named_with_them(monkeypatch, tmp_path):
+    """Two rounds, the second in joint_r2: minutes are of both."""
+    prep = fake_prep(tmp_path / "prep")
+    run = fake_run(tmp_path / "mixed", prep, ["rhythm", "global", "blackbox-1d"])
+    for name in ("global", "blackbox-1d"):
+        rewrite(run / name / "joint.json", lambda v: v["config"].update(lr=0.5))
+    rewrite(run / "blackbox-1d" / "joint.json", lambda v: v.update(hardware="another machine"))
+    shutil.copy(run / "rhythm" / "joint.pt", run / "rhythm" / "joint_r2.pt")
+    shutil.copy(run / "rhythm" / "joint.json", run / "rhythm" / "joint_r2.json")
+    metrics = evaluate(monkeypatch, run, prep)
+    assert ev.changed(metrics) == ("lr 0.5 (global)",)  # the black box is not what the row is about
+    assert {n: t["seconds"] for n, t in metrics["trained"].items()} == {"rhythm": 24.6, "global": 12.3,
+                                                                        "blackbox-1d": 12.3}
+    assert " and another machine (threads): rhythm 0 (" in "\n".join(ev.tables_of("", [metrics]))
+
+
+def test_a_saved_run_replaces_the_one_of_the_same_seed_in_the_paired_differences():
+    rows = [{"seed": 42, "contrastive": True, "differences": {"q": {"a - b": [v, v - .01, v + .01, 71, 71]}}}
+            for v in (.1, .2)]
+    assert "+.2000" in ev.paired_table(rows) and "+.1000" not in ev.paired_table(rows)
+
+
 def test_paired_differences_of_seeds_stand_side_by_side():
     def run(seed, contrastive, differences):
         return {"seed": seed, "contrastive": contrastive, "differences": differences}
@@ -665,7 +713,7 @@ def test_the_course_table_takes_each_row_from_the_runs_that_it_names(monkeypatch
         e = {**measured(None, [name]), "models": {name: measured(None, ["rhythm"])["models"]["rhythm"]}}
         return {"recipe": recipe, "seed": cfg.seed, "width": cfg.width, "contrastive": True,
                 "config": json.loads(json.dumps(vars(cfg))),
-                "counts": {"test": test}, "predictions": {name: value}, **({"efficiency": e} if efficient else {})}
+                "counts": {"test": test}, "trained": {}, "predictions": {name: value}, **({"efficiency": e} if efficient else {})}
 
     def rows(*runs):
         text = ev.course_table(runs)
@@ -766,6 +814,10 @@ def test_a_model_trained_again_but_not_projected_is_refused(monkeypatch, small):
         evaluate(monkeypatch, run, prep)
     assert "was not projected from its joint.pt" in sentence(error) and "03_project.py" in sentence(error)
     assert len(evaluate(monkeypatch, run, prep, "--force")["warnings"]) == 1
+    rewrite(run / "predictions.json", lambda v: v["models"]["rhythm"].update(warnings=["Eq. (10) is not solved"]))
+    with pytest.raises(SystemExit) as error:  # a warning of another kind does not excuse it
+        evaluate(monkeypatch, run, prep)
+    assert "was not projected from its joint.pt" in sentence(error)
 
 
 def test_only_the_models_asked_for(monkeypatch, tmp_path):
@@ -874,6 +926,8 @@ def test_efficiency_is_measured_once_and_again_when_something_changed(monkeypatc
         again([*BRANCHES, "fusion"])
         again([])
     again([*BRANCHES, "fusion"])
+    assert [*ev.efficiency(args, {"global": models["global"]})["models"]] == ["global"]
+    again([])  # an evaluation of one model has not forgotten the others
     for text in ("", "[]", "{}", '{"machine": 1, "models": 1}'):
         (tmp_path / "efficiency.json").write_text(text)
         again([*BRANCHES, "fusion"])
@@ -949,11 +1003,14 @@ def test_the_reports_commands_make_the_same_settings(monkeypatch, real):
 def test_the_reports_commands_train_what_the_run_holds(real):
     args, cfg = SimpleNamespace(small=False, demo=False, recipe="default"), common.Config()
 
-    def lines(**trained):
+    def every(**trained):
         names = {n.replace("_", "-"): {"hardware": "", "seconds": 0, **more} for n, more in trained.items()}
         m = {"config": json.loads(json.dumps(vars(cfg))), "trained": names, "versions": {}, "hardware": ""}
         info = {**real.prep.info, "test_ecgs": []}
-        return [line for line in ev.reproduce_text(args, m, info).splitlines() if "02_train" in line]
+        return [line for line in ev.reproduce_text(args, m, info).splitlines() if line.startswith("python")]
+
+    def lines(**trained):
+        return [line for line in every(**trained) if "02_train" in line]
 
     only_boxes = lines(blackbox_1d={}, blackbox_rhythm={})
     assert len(only_boxes) == 1 and only_boxes[0].endswith("--model blackbox-1d blackbox-rhythm")
@@ -962,6 +1019,14 @@ def test_the_reports_commands_train_what_the_run_holds(real):
     other = json.loads(json.dumps(vars(common.replace(cfg, sampler="weighted"))))  # a box of another run
     first, second = lines(rhythm={}, morphology={}, **{"global": {}}, blackbox_rhythm={}, blackbox_1d={"config": other})
     assert first.endswith("--sampler weighted --model blackbox-1d") and "--sampler" not in second
+    assert "--imagenet" not in "".join(every(rhythm={}))
+    assert every(rhythm={}, blackbox_2d={})[0] == "python 00_download.py --imagenet"
+    cfg = common.RECIPES["paper"]
+    mine = {"config": {**json.loads(json.dumps(vars(cfg))), "lr": 0.5}}  # a branch that was tuned by itself
+    assert every(rhythm={}, morphology=mine, **{"global": {}})[0].endswith("--imagenet")
+    paper = [line.partition("--recipe paper")[2] for line in lines(rhythm={}, morphology=mine, **{"global": {}})]
+    assert paper == [" --model rhythm global", " --lr 0.5 --model morphology",
+                     " --model rhythm global --round 2", " --lr 0.5 --model morphology --round 2"]
 
 
 def test_a_section_on_interpretability_stands_in_its_place(monkeypatch, real):
