@@ -78,7 +78,7 @@ def read_sums(folder):
     except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"{path} is missing, so nothing can be checked: {command}, which keeps the files that are right")
     except (OSError, ValueError) as e:
-        sys.exit(f"{path} cannot be used ({e}): delete it and {command}")
+        sys.exit(f"{path} cannot be used ({e}): delete it and run the same command again, without --check")
     return files
 
 

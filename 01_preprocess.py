@@ -211,7 +211,7 @@ def main():
         np.lib.format.write_array_header_1_0(f, {**header, "shape": (len(kept), len(LEADS), SAMPLES)})
         if not kept:
             sys.exit(f"{args.data} has no readable record: check the folder, {common.rerun('00_download.py --check')}")
-        part_sizes(np.array([r["fold"] for r in kept]))
+        sizes = part_sizes(np.array([r["fold"] for r in kept]))
         f.flush()
         sha256 = {"signals": common.file_hash(temporary)}
         (args.prep / "preprocess.json").unlink(missing_ok=True)  # from here on the old arrays are no longer one set
@@ -222,7 +222,6 @@ def main():
         common.save_npy(args.prep / f"{name}.npy", array)
         sha256[name] = common.file_hash(args.prep / f"{name}.npy")
     folds, labels = arrays["folds"], arrays["labels"]
-    sizes = part_sizes(folds)
     positives = labels[folds <= 8].sum(0)
     common.save_json(args.prep / "preprocess.json", {
         "format": common.FORMAT, "records": len(kept), "sizes": sizes, "codes": CODES, "descriptions": described,

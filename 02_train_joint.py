@@ -42,7 +42,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.optim import lr_scheduler
 
 import common
-from common import CHOICES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
+from common import BOXES, CHOICES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
 
 RANK, WORLD = [int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")] if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
 SCHEDULERS = {  # optimizer, learning rate, steps in all, steps of an epoch -> a torch scheduler, stepped every step
@@ -233,11 +233,12 @@ def train(name, args, cfg, prep, folder=None, report=None):
     folder, device = folder or args.run / name, args.device
     suffix = "" if args.round == 1 else f"_r{args.round}"
     out, last, done = folder / f"joint{suffix}.pt", folder / f"last{suffix}.pt", None
-    if out.is_file():
-        done = common.load_model(out, "02_train_joint.py --force")[1] if not args.force else None
-        if done and common.config_of(done) != cfg:
+    inputs, again = sources(name, args, cfg, prep), common.command("02_train_joint.py", name, args.round)
+    if out.is_file() and not args.force:
+        done = common.load_model(out, f"{again} --force")[1]
+        if common.config_of(done) != cfg:
             sys.exit(f"{out} is of another setting: name another folder with --run, or replace it with --force")
-        if args.resume and done and done["inputs"] == {"prep": common.file_hash(prep.path), **sources(name, args, cfg)}:
+        if args.resume and done["inputs"] == inputs:
             print(f"{name}: {out} is finished, kept", flush=True)
             return done["val_auroc"]
     epochs, lr = (cfg.blackbox_epochs, cfg.blackbox_lr) if black_box else (cfg.epochs, cfg.lr)
@@ -252,7 +253,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     y = torch.from_numpy(prep.labels[:, common.columns(classes)]).float().to(device)              # [N, C]
     train_rows, val_rows = (torch.from_numpy(np.flatnonzero(m)).to(device) for m in (prep.train, prep.val))
     y_train, y_val = y[train_rows], y[val_rows]
-    if not np.isfinite(common.auroc(y_val.cpu(), np.zeros(y_val.shape))).any():
+    if (y_val == y_val[:1]).all():
         sys.exit(f"fold 9 in {args.prep} has no {group} label both present and absent, so no epoch can be chosen: "
                  "use more records")
     jaccard = torch.tensor(prep.info["jaccard"], device=device)[common.columns(classes)][:, common.columns(classes)]
@@ -260,9 +261,8 @@ def train(name, args, cfg, prep, folder=None, report=None):
     draw = record_weights(y_train.cpu()) if cfg.sampler == "weighted" else None
 
     # Model and where it starts from
-    meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": name, "round": args.round,
+    meta = {**common.provenance(cfg, "02_train_joint.py"), "inputs": inputs, "model": name, "round": args.round,
             "classes": classes, "left_out": left_out, "device": device.type}
-    meta["inputs"].update(sources(name, args, cfg))
     model = start(name, args, cfg, prep, meta).to(device)
     if cfg.head == "refit" and not black_box and (args.round > 1 or not cfg.start.startswith("blackbox")):
         refit_head(model, *common.training_set(model, prep, device)[:2])
@@ -284,7 +284,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     terms = ("total", "bce") if black_box else ("total", "bce", "clst", "sep", "div", "cntrst")
     log, best, best_state, since, first, seconds = [], -np.inf, None, 0, 1, 0.0
 
-    saved = common.load_pt(last, "02_train_joint.py") if args.resume and last.is_file() else None
+    saved = common.load_pt(last, again) if args.resume and last.is_file() else None
     if saved and {**saved["meta"], "versions": 0, "code": 0} != {**meta, "versions": 0, "code": 0}:
         if not done or {**done, **saved["meta"]} != done:  # not what the training left whose joint.pt is replaced now
             sys.exit(f"{last} is of another setting or data set: train without --resume, or in another --run")
@@ -392,13 +392,12 @@ def train(name, args, cfg, prep, folder=None, report=None):
         dist.barrier()  # until rank 0 has written
         return best
 
-    best_epoch = next((e["epoch"] for e in log if e["val_auroc"] == best), 0)
     if black_box and cfg.head == "refit":
         model.load_state_dict(best_state)
         before, best = best, refit_black_box(model.eval(), prep, device)
         best_state = model.state_dict()
         print(f"{name}: head solved on frozen features, val {before:.4f} -> {best:.4f}", flush=True)
-    meta.update(val_auroc=best, epochs=len(log), best_epoch=best_epoch)
+    meta.update(val_auroc=best, epochs=len(log), best_epoch=len(log) - since)
     with common.replacing(folder / f"log{suffix}.jsonl") as t:
         t.write_text("".join(common.json.dumps(line) + "\n" for line in log))
     for later in folder.glob("*_r*"):  # of rounds that started from what is replaced now
@@ -420,22 +419,21 @@ def round_before(args, name):
     return args.run / name / f"projected{'' if args.round == 2 else f'_r{args.round - 1}'}.pt"
 
 
-def sources(name, args, cfg):
-    """{input: fingerprint} of what a model's training starts from besides PREP: the black box, or the round before."""
-    box = common.start_of(name, cfg)
-    path = args.run / box / "joint.pt" if box.startswith("blackbox") else None
+def sources(name, args, cfg, prep):
+    """{input: fingerprint} of what a model's training starts from: PREP, and the black box or the round before."""
+    key, path = "start", args.run / common.start_of(name, cfg) / "joint.pt"  # not there for random and imagenet
     if args.round > 1:
-        path = round_before(args, name)
-    if MODELS[name][0] == "blackbox" or path is None or not path.is_file():
-        return {}
-    return {"projected" if args.round > 1 else "start": common.file_hash(path)}
+        key, path = "projected", round_before(args, name)
+    found = {"prep": common.file_hash(prep.path)}
+    if name not in BOXES and path.is_file():
+        found[key] = common.file_hash(path)
+    return found
 
 
 def start(name, args, cfg, prep, meta):
     """The model that training starts from; adds to `meta` what is needed to build it again (per_class, latent_dim)."""
     kind = MODELS[name][0]
     scaler = common.Scaler(**prep.info["scaler"]) if cfg.scale_input else common.Scaler()
-    two_d = kind in ("partial", "global") or name in ("blackbox-2d", "blackbox-morphology", "blackbox-global")
 
     if kind != "blackbox" and args.round > 1:  # Stages 1 and 2 repeated (Appendix E), from the projected prototypes
         path = round_before(args, name)
@@ -450,24 +448,24 @@ def start(name, args, cfg, prep, meta):
         meta.update(per_class=past["per_class"], latent_dim=past["latent_dim"], warnings=past.get("warnings", []))
         return model
 
-    if kind == "blackbox":
-        model = common.build(meta, scaler)
-    else:  # no more prototypes than the class has windows
+    if kind != "blackbox":  # no more prototypes than the class has windows
         windows = 30 if kind == "partial" else 1
         count = prep.labels[prep.train][:, common.columns(meta["classes"])].sum(0)
         most = cfg.per_class[list(common.WINDOW).index(kind)]
         meta.update(per_class=[min(most, windows * int(n)) for n in count], latent_dim=None)
         if cfg.start.startswith("blackbox"):
             return start_from_black_box(name, args, cfg, prep, meta, scaler)
-        model = common.build(meta, scaler)
-    if two_d and cfg.start != "random" and cfg.width != 64:
+    model = common.build(meta, scaler)
+    if cfg.start == "random" or kind == "1d" or name in ("blackbox-1d", "blackbox-rhythm"):
+        return model
+    if cfg.width != 64:
         print(f"{name}: starts at random, as the 1D network does, because ImageNet weights fit width 64 only")
-    elif two_d and cfg.start != "random":
-        path = args.imagenet or args.data.parent / IMAGENET
-        try:
-            model.backbone.load_imagenet(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception:  # torch raises many kinds for a missing, truncated or foreign file
-            sys.exit(f"{path} is missing or damaged: run `python 00_download.py --imagenet`, or use --start random")
+        return model
+    path = args.imagenet or args.data.parent / IMAGENET
+    try:
+        model.backbone.load_imagenet(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # torch raises many kinds for a missing, truncated or foreign file
+        sys.exit(f"{path} is missing or damaged: {common.rerun('00_download.py --imagenet')}, or use --start random")
     return model
 
 
@@ -507,17 +505,16 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     model.add_on.weight.data = (Z @ V)[:, :, None].clone()
     model.add_on.bias.data = -(Z @ centre)
 
-    T, p = common.WINDOW[kind], []
-    for c, k in enumerate(meta["per_class"] if cfg.prototypes == "data" else ()):
-        members = np.flatnonzero(carries[:, c])
-        windows = z[members].unfold(2, T, 1).permute(0, 2, 1, 3).flatten(2)           # [n, windows, D T]
-        unit = torch.nn.functional.normalize(windows, dim=2)
-        direction = unit.mean((0, 1))
-        best = (unit @ direction).argmax(1)                                           # [n] the window of each record
-        unit = unit[torch.arange(len(unit)), best].numpy()
-        p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_ if k <= len(unit)
-                 else np.resize(unit, (k, unit.shape[1])))                            # each again and again
-    if p:
+    if cfg.prototypes == "data":
+        T, p = common.WINDOW[kind], []
+        for c, k in enumerate(meta["per_class"]):
+            windows = z[carries[:, c]].unfold(2, T, 1).permute(0, 2, 1, 3).flatten(2)     # [n, windows, D T]
+            unit = torch.nn.functional.normalize(windows, dim=2)
+            direction = unit.mean((0, 1))
+            best = (unit @ direction).argmax(1)                                       # [n] the window of each record
+            unit = unit[torch.arange(len(unit)), best].numpy()
+            p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_ if k <= len(unit)
+                     else np.resize(unit, (k, unit.shape[1])))                        # each again and again
         centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
         model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)[0]
     if cfg.head == "refit":
@@ -542,8 +539,8 @@ def suggest(trial, cfg, search, i):
     if "batch" in search:
         new["batch"] = trial.suggest_categorical("batch", [32, 64, 128, 256])
     if "per_class" in search:  # the authors recommend 5-10, 15-20 and 3-8
-        new["per_class"] = tuple(trial.suggest_int("per_class", *[(2, 20), (5, 40), (2, 16)][j]) if j == i else k
-                                 for j, k in enumerate(cfg.per_class))
+        count = trial.suggest_int("per_class", *[(2, 20), (5, 40), (2, 16)][i])
+        new["per_class"] = (*cfg.per_class[:i], count, *cfg.per_class[i + 1:])
     return dataclasses.replace(cfg, **new)
 
 
@@ -557,7 +554,7 @@ def after_stage_3(path, args, prep):
     rows = np.flatnonzero(prep.train | prep.val)
     scores = np.zeros((len(prep.folds), len(model.p)), np.float32)
     scores[rows] = common.batched(lambda x: model.scores(model.latent(x)), prep, rows, args.device)
-    X, X_val, *_ = fusion.standardise(scores, prep, np.searchsorted(prep.ecg_ids, [f[0][0] for f in found]))
+    X, X_val, *_ = fusion.standardise(scores, prep, [prep.row_of[f[0][0]] for f in found])
     Y, y_val = (prep.labels[m][:, common.columns(model.classes)].astype(np.float64) for m in (prep.train, prep.val))
     off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]                         # [C, P]
     W, b, *_ = fusion.fit_path(X, Y, off, X_val, y_val, meta["model"], cfg.recipe)                      # Eq. (10)
@@ -591,7 +588,7 @@ def tune(name, args, cfg, prep):
             time.sleep(2)  # perhaps another worker was creating the same tables
     about = common.json.loads(common.json.dumps({
         "search": sorted(set(args.search)), "config": dataclasses.asdict(cfg),
-        "inputs": {"prep": common.file_hash(prep.path), **sources(name, args, cfg)}}))
+        "inputs": sources(name, args, cfg, prep)}))
     if study.user_attrs.get("about", about) != about:
         sys.exit(f"--study {args.study} holds a search for {name} with other settings or data: name another one")
     study.set_user_attr("about", about)
@@ -607,9 +604,9 @@ def tune(name, args, cfg, prep):
         with tempfile.TemporaryDirectory() as folder:  # RUN/MODEL/joint.pt stays as it is
             try:
                 train(name, args, suggest(trial, cfg, args.search, i), prep, common.Path(folder), report)
+                return after_stage_3(common.Path(folder) / "joint.pt", args, prep)
             except common.Diverged as e:
                 raise optuna.TrialPruned(str(e))
-            return after_stage_3(common.Path(folder) / "joint.pt", args, prep)
 
     while True:
         finished = study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))  # of all workers
@@ -642,8 +639,7 @@ def read_config(path, cfg):
             sys.exit(f"{path}: {k} cannot be {common.json.dumps(v)}; an example is {common.json.dumps(old[k])}")
     if new.get("recipe", cfg.recipe) != cfg.recipe:
         sys.exit(f"{path} is of the {new['recipe']} recipe: add --recipe {new['recipe']}")
-    new = {k: tuple(v) if isinstance(v, list) else v for k, v in new.items() if k != "seed"}
-    return dataclasses.replace(cfg, **new)
+    return common.config_of({"config": {**old, **new, "seed": cfg.seed}})
 
 
 def main():
@@ -664,17 +660,17 @@ def main():
     g = p.add_argument_group("change one setting of the recipe", "Config in common.py says what each one is.")
     for field in dataclasses.fields(common.Config):
         if field.name not in ("recipe", "seed", "rounds"):
-            three = {"nargs": 3} if field.type is tuple else {}  # one for each branch
+            three = field.type is tuple  # one for each branch
             value = type(field.default[0]) if three else field.type
-            kind = {bool: boolean, int: whole, float: amount}.get(value, value)
             metavar = "|".join(map(str, CHOICES.get(field.name, ()))) or {bool: "yes|no", int: "N", float: "X"}[value]
-            g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, type=kind, default=None, **three,
-                           choices=CHOICES.get(field.name), help="default recipe "
-                           f"{getattr(common.Config, field.name)}, paper recipe {getattr(common.PAPER, field.name)}")
+            g.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, nargs=3 if three else None,
+                           type={bool: boolean, int: whole, float: amount}.get(value, str),
+                           choices=CHOICES.get(field.name), help=f"default recipe {field.default}, paper recipe "
+                           f"{getattr(common.PAPER, field.name)}")
     args = common.parse(p)
     if (args.tune is None) != (args.study is None) or args.tune == 0:
         p.error("--tune TRIALS, at least 1, and --study URL go together")
-    if args.tune and (len(args.model or ()) != 1 or MODELS[args.model[0]][0] == "blackbox" or args.round > 1
+    if args.tune and (len(args.model or ()) != 1 or args.model[0] in BOXES or args.round > 1
                       or WORLD > 1):
         p.error("--tune works on round 1 of one prototype model, named by --model, in one process")
     if WORLD > 1:
@@ -695,11 +691,10 @@ def main():
         cfg = common.without_contrastive(cfg)
     if args.config:
         cfg = read_config(args.config, cfg)
-    if args.no_contrastive:  # a file may set the other lambdas, but not this one
+    flags = {k: v for k, v in vars(args).items() if k in vars(cfg) and v is not None}
+    cfg = common.config_of({"config": {**vars(cfg), **flags}})
+    if args.no_contrastive:  # a file and flags may set the other lambdas, but not this one
         cfg = dataclasses.replace(cfg, lambda_cntrst=0.0)
-    changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cfg) if f.name not in ("recipe", "seed")
-               and getattr(args, f.name, None) is not None}
-    cfg = dataclasses.replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})
     if min(cfg.batch, cfg.blackbox_epochs, cfg.patience, cfg.width, cfg.top_k, *cfg.per_class) < 1:
         p.error("--batch, --blackbox-epochs, --patience, --width, --top-k and --per-class must be at least 1")
     if max(cfg.dropout, cfg.blackbox_ema) >= 1:
@@ -709,9 +704,9 @@ def main():
     elif cfg.add_on == "sigmoid":
         p.error("--add-on sigmoid needs --start random or imagenet: a start from a black box is a linear add-on's")
     names = dict.fromkeys(args.model or (["rhythm"] if args.small else common.BRANCHES))
-    if args.round < 1 or args.round > 1 and any(MODELS[n][0] == "blackbox" for n in names):
+    if args.round < 1 or args.round > 1 and any(n in BOXES for n in names):
         p.error("--round 2 continues prototype models; black boxes have one round")
-    starts = dict.fromkeys(common.start_of(n, cfg) for n in names if MODELS[n][0] != "blackbox" and args.round == 1)
+    starts = dict.fromkeys(common.start_of(n, cfg) for n in names if n not in BOXES and args.round == 1)
     boxes = [start for start in starts if start.startswith("blackbox")]
     if args.tune:
         for box in boxes:

@@ -55,12 +55,10 @@ def main():
                 logits = torch.cat([model.head(model.scores(part.to(args.device))).cpu() for part in z_val.split(256)])
             auroc[when] = common.macro_auroc(y, logits.numpy())
 
-        row_of = {int(e): i for i, e in enumerate(prep.ecg_ids)}
-
         def place(ecg_id, window, cosine):
             """One found patch as it goes into prototypes.json."""
             first, end = common.window_samples(model.kind, window)
-            labels = [c for c, on in zip(CODES, prep.labels[row_of[ecg_id]]) if on]
+            labels = [c for c, on in zip(CODES, prep.labels[prep.row_of[ecg_id]]) if on]
             return {"ecg_id": ecg_id, "window": window, "samples": [first, end], "similarity": round(cosine, 6),
                     "labels": labels}
 

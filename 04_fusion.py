@@ -2,7 +2,7 @@
 
 One forward pass per branch caches every record's similarity to every prototype. On the standardised scores of folds
 1-8 it then solves the convex problem of Eq. (10) to its optimum, for each branch on its own labels and for the fusion
-of all branches on all labels; the L1 strength is chosen on fold 9. Off-class weights only carry the L1 term.
+of all branches on all labels; the L1 strength is chosen on fold 9. Only off-class weights carry the L1 term.
 
 reads   PREP/*.npy, RUN/MODEL/joint.pt and projected.pt (the highest round), RUN/blackbox-*/joint.pt
 writes  RUN/MODEL/scores.npy   float32 [N, P], every record's similarities, in PREP's order
@@ -17,6 +17,7 @@ writes  RUN/MODEL/scores.npy   float32 [N, P], every record's similarities, in P
 Takes a few minutes on 2 CPU cores, half of it the forward passes; not yet timed on a GPU.
 Last line: `runs/default: fold-9 macro-AUROC fusion 0.9350, macro 0.9300, ...`, with your own numbers.
 """
+import json
 import sys
 import time
 
@@ -26,7 +27,7 @@ from scipy.special import expit
 from tqdm import tqdm
 
 import common
-from common import BRANCHES, CODES, MODELS
+from common import BOXES, BRANCHES, CODES, MODELS
 
 STRENGTHS = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4]  # lambda of Eq. (10), tried from strong to weak
 MOST_OFF = {"default": 0.1, "paper": 1.0}  # share of off-class weights that may be non-zero; the paper sets no limit
@@ -177,23 +178,23 @@ def main():
     device, later = args.device, np.flatnonzero(prep.val | prep.test)
     predictions_path = args.run / "predictions.json"
     predictions = {"format": common.FORMAT, "inputs": {"prep": common.file_hash(prep.path)}, "models": {}}
-    if predictions_path.is_file():
-        old = common.load_json(predictions_path, "04_fusion.py")
-        if old.get("inputs") == predictions["inputs"] and old.get("models"):
-            predictions = old
+    try:
+        old = json.loads(predictions_path.read_text())
+        if (old["format"], old["inputs"]) == (predictions["format"], predictions["inputs"]):
+            predictions["models"] = old["models"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not whole
+        pass
     predictions["left_out"] = prep.info["without_training_record"]
     summary = {}
 
     def save_predictions(name, about, classes, logits, inputs, forced, **more):
         """logits [folds 9 and 10, C] -> the two arrays of NAME with 71 columns, and its line in predictions.json, where
         `forced` are the warnings that --force overrode here and in the stages before."""
-        full = np.full((len(later), len(CODES)), np.nan, np.float32)
-        full[:, common.columns(classes)] = logits
+        full, own = np.full((len(later), len(CODES)), np.nan, np.float32), common.columns(classes)
+        full[:, own] = logits
         common.save_npy(args.run / f"logits_{name}.npy", full)
         common.save_npy(args.run / f"probabilities_{name}.npy", expit(full.astype(np.float64)))
-        on_val = prep.val[later]
-        summary[name] = common.macro_auroc(prep.labels[later][on_val][:, common.columns(classes)],
-                                           full[on_val][:, common.columns(classes)])
+        summary[name] = common.macro_auroc(prep.labels[prep.val][:, own], full[prep.val[later]][:, own])
         predictions["models"][name] = {"about": about, "classes": classes, "val_auroc": known(summary[name]),
                                        "inputs": inputs, "warnings": forced, **more}
         common.save_json(predictions_path, predictions)
@@ -235,7 +236,7 @@ def main():
     present = [m for m in MODELS if any(list((args.run / m).glob(f"{f}*.pt")) for f in ("joint", "projected"))]
     if not args.model and not present:
         sys.exit(f"{args.run} holds no trained model: {common.rerun('02_train_joint.py')} first")
-    for name in [m for m in args.model or present if MODELS[m][0] == "blackbox"]:
+    for name in [m for m in args.model or present if m in BOXES]:
         path = args.run / name / "joint.pt"
         maker = common.command("02_train_joint.py", name)
         model, meta = common.load_model(path, maker, device)
@@ -247,15 +248,15 @@ def main():
 
     # Prototype models: one pass for all scores, then the branch classifier
     cached = {}
-    for name in [m for m in args.model or present if MODELS[m][0] != "blackbox"]:
+    for name in [m for m in args.model or present if m not in BOXES]:
         maker = common.command("03_project.py", name)
         round_, path = common.newest(args.run / name, "projected", maker)
         joint = path.with_name(path.name.replace("projected", "joint"))
         model, meta = common.load_model(path, maker, device)
         common.same_input(meta, "joint", joint, path, maker, args.force)
         common.same_input(meta, "prep", prep.path, path, maker, args.force)
-        record = common.load_json(path.with_name("prototypes.json"), maker)
-        if record.get("projected") != common.file_hash(path):
+        record = common.load_json(path.with_name("prototypes.json"), maker, "projected", "prototypes")
+        if record["projected"] != common.file_hash(path):
             sys.exit(f"{path.with_name('prototypes.json')} does not fit {path}: "
                      f"{common.rerun(maker)} again")
         before = common.load_model(joint, common.command("02_train_joint.py", name, round_), device)[0]
@@ -270,11 +271,10 @@ def main():
         both = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in parts])  # [N, 2, P]
         scores, scores_before = np.ascontiguousarray(both.transpose(1, 0, 2))
         common.save_npy(path.with_name("scores.npy"), scores)
-        sources = [q["ecg_id"] for q in record["prototypes"]]
-        if not np.isin(sources, prep.ecg_ids).all():
+        rows = [prep.row_of.get(q["ecg_id"]) for q in record["prototypes"]]
+        if None in rows:
             sys.exit(f"{path.with_name('prototypes.json')} names ECGs that {args.prep} does not hold: "
                      f"{common.rerun(maker)} again")
-        rows = np.searchsorted(prep.ecg_ids, sources)
         p_code = [model.classes[c] for c in model.p_class.tolist()]
         inputs, forced = {f"{name}/{path.name}": common.file_hash(path)}, meta.get("warnings", [])
         for step, when, head, s in (("joint", "before", before.head, scores_before),
@@ -292,18 +292,15 @@ def main():
 
     # Fusion: the branches' scores side by side, Eq. (9)
     if all(b in cached for b in BRANCHES):
-        scores, scores_before, rows = (np.concatenate([cached[b][i] for b in BRANCHES], -1) for i in range(3))
-        p_code, codes = sum((cached[b][3] for b in BRANCHES), []), sum((cached[b][4] for b in BRANCHES), [])
-        classes = [c for c in CODES if c in codes]
-        inputs = {k: v for b in BRANCHES for k, v in cached[b][5].items()}
-        made = {**cached["rhythm"][6], "config": {b: cached[b][6]["config"] for b in BRANCHES}, "model": "fusion",
-                "inputs": inputs,
-                "warnings": sum((cached[b][6]["warnings"] for b in BRANCHES), []),
-                "branches": [[b, cached[b][0].shape[1]] for b in BRANCHES]}
-        classify("fusion", "fusion classifier, Eq. (10)", scores, scores_before, rows, p_code, classes, inputs, made,
-                 args.run / "fusion.pt")
-        classify("fusion-own", "fusion with own-class weights only", scores, scores_before, rows, p_code, classes,
-                 inputs, made, args.run / "fusion-own.pt", own_only=True)
+        scores, scores_before, rows, p_code, codes, inputs, made = zip(*(cached[b] for b in BRANCHES))
+        classes, inputs = [c for c in CODES if c in sum(codes, [])], {k: v for part in inputs for k, v in part.items()}
+        fused = {**made[0], "config": {b: part["config"] for b, part in zip(BRANCHES, made)}, "model": "fusion",
+                 "inputs": inputs, "warnings": sum((part["warnings"] for part in made), []),
+                 "branches": [[b, s.shape[1]] for b, s in zip(BRANCHES, scores)]}
+        both = (np.concatenate(scores, 1), np.concatenate(scores_before, 1), sum(rows, []), sum(p_code, []), classes,
+                inputs, fused)
+        classify("fusion", "fusion classifier, Eq. (10)", *both, args.run / "fusion.pt")
+        classify("fusion-own", "fusion with own-class weights only", *both, args.run / "fusion-own.pt", own_only=True)
 
     # Of models that are others now or gone, nothing stays
     predictions["models"] = {n: m for n, m in predictions["models"].items() if all(

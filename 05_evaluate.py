@@ -49,7 +49,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
-from common import BRANCHES, CODES, GROUPS, MODELS, RATE, SAMPLES, columns, decision_thresholds
+from common import BOXES, BRANCHES, CODES, GROUPS, MODELS, RATE, SAMPLES, columns, decision_thresholds, load_json
 
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN is "no such class" here, and the mean of none is NaN
 HERE = Path(__file__).parent
@@ -57,7 +57,6 @@ DRAWS, BATCH, RARE = 1000, 32, 10  # bootstrap draws; the authors' batch; a clas
 SETS = {**{b: GROUPS[b] for b in BRANCHES},  # Strodthoff et al. 2021 count four of the 16 as diagnostic statements
         "Strodthoff's rhythm": [c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]}
 EFFICIENCY = ["parameters", "MB of weights", "ms per ECG (batch 1 / 256)", "peak MB (batch 1 / 256)"]
-BOXES = [n for n in MODELS if MODELS[n][0] == "blackbox"]
 STEPS = ("-joint", "-projected", "-unprojected")  # predictions on the way to a model's final one
 ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro", "blackbox-ensemble"]
 PAPER = [  # Tables 1 and 2: setting, prediction, AUROC without and with contrastive loss, black box, its AUROC
@@ -151,19 +150,11 @@ def per_batch_auroc(y, score, batch=BATCH):
 
 # What 02-04 left behind
 
-def read(path, maker, *keys):
-    """The JSON object of `path`; exits naming its maker when it is missing, damaged or without one of `keys`."""
-    value = common.load_json(path, maker)
-    if value.get("format") != common.FORMAT or any(k not in value for k in keys):
-        sys.exit(f"{path} is damaged or of another version: {common.rerun(maker)} again")
-    return value
-
-
 def load_run(run, prep, force):
     """A run's ({prediction: what 04 says of it, with its logits of fold 9 and of fold 10 [., 71]}, {model: joint.json},
     warnings). Exits when something that the predictions were made from has changed; with `force` that is a warning."""
     path, again, stale = run / "predictions.json", f"{common.rerun('04_fusion.py')} again", []
-    saved = read(path, "04_fusion.py", "inputs", "models")
+    saved = load_json(path, "04_fusion.py", "inputs", "models")
     models = {n: saved["models"][n] for n in sorted(saved["models"], key=[*ORDER, *saved["models"]].index)}
     if not any(n in MODELS for n in models):
         sys.exit(f"{path} names no model: {again}")
@@ -178,11 +169,11 @@ def load_run(run, prep, force):
     for name in [n for n in models if n in MODELS]:
         maker = common.command("02_train_joint.py", name)
         newest = common.newest(run / name, "joint", maker)[1]
-        joint[name] = read(newest.with_suffix(".json"), maker, "config", "device", "seconds")
-        joint[name]["seconds"] = sum(read(f.with_suffix(".json"), maker, "seconds")["seconds"]  # of all rounds
+        joint[name] = load_json(newest.with_suffix(".json"), maker, "config", "device", "seconds")
+        joint[name]["seconds"] = sum(load_json(f.with_suffix(".json"), maker, "seconds")["seconds"]  # of all rounds
                                      for f in newest.parent.glob("joint*.pt"))
         if name not in BOXES:
-            found = read(run / name / "prototypes.json", common.command("03_project.py", name), "inputs")
+            found = load_json(run / name / "prototypes.json", common.command("03_project.py", name), "inputs")
             forced = any(f"another {newest}:" in w for w in models[name].get("warnings", []))   # in 04, which says so
             if found["inputs"].get("joint") != common.file_hash(newest) and not forced:
                 stale.append(f"{run / name} was not projected from its {newest.name}: {common.rerun('03_project.py')}, "
@@ -215,7 +206,7 @@ def another_run(run, prep, force):
 
 def cost_of(name, cfg, run, model, aurocs):
     """A row of the table of what interpretability costs: the AUROC of each step, and how much there is to read."""
-    parts = [read(run / m / "prototypes.json", common.command("03_project.py", m), "gap", "distinct", "prototypes")
+    parts = [load_json(run / m / "prototypes.json", common.command("03_project.py", m), "gap", "distinct", "prototypes")
              for m in ([name] if name in MODELS else BRANCHES)]
     count = [len(part["prototypes"]) for part in parts]
     box = next((b for b in (common.start_of(name, cfg), "blackbox-1d") if b in aurocs), f"blackbox-{name}")
@@ -370,7 +361,8 @@ def interpretability(run, prep, models, device, seed):
         (source, *_), maker = models[name]["inputs"], common.command("04_fusion.py", name)
         network = common.load_model(run / source, maker, device)[0]
         head = common.load_head(run / name / "classifier.pt", maker)[1]
-        places = read(run / name / "prototypes.json", common.command("03_project.py", name), "distinct", "prototypes")
+        places = load_json(run / name / "prototypes.json", common.command("03_project.py", name), "distinct",
+                           "prototypes")
         scores = common.load_npy(run / name / "scores.npy", maker)
         if scores.shape != (len(prep.folds), len(network.p)) or len(head["b"]) != len(network.classes):
             sys.exit(f"{run / name}/scores.npy or classifier.pt does not fit {source}: {common.rerun(maker)} again")
@@ -760,7 +752,8 @@ def tables_of(title, some):
 def readme():
     """Write the tables of tests/results/*.json between README.md's markers, pooling runs that differ in seed."""
     keys = "recipe seed width contrastive config counts predictions differences cost trained hardware".split()
-    runs = [read(f, "05_evaluate.py --save NAME", *keys) for f in sorted((HERE / "tests" / "results").glob("*.json"))]
+    runs = [load_json(f, "05_evaluate.py --save NAME", *keys)
+            for f in sorted((HERE / "tests" / "results").glob("*.json"))]
     path = HERE / "README.md"
     if not runs:
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
@@ -1050,7 +1043,7 @@ def cases_html(args, render, prep, info):
     for path in sorted((args.run / "cases").glob("*.json"), key=lambda p: (len(p.stem), p.stem)):
         flags = f" --case {path.stem}" if path.stem.isdecimal() else " --record PATH"
         maker = f"06_plot_prototypes.py{flags}"
-        found = read(path, maker, "inputs", "title", "true_labels", "explained")
+        found = load_json(path, maker, "inputs", "title", "true_labels", "explained")
         for key in found["inputs"]:
             source = prep.path if key == "prep" else args.run / key
             common.same_input(found, key, source, path, maker, args.force)

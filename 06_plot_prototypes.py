@@ -50,7 +50,7 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 import common
-from common import CODES, LEADS, RATE, SAMPLES
+from common import BRANCHES, CODES, LEADS, RATE, SAMPLES
 
 matplotlib.rcParams.update({"text.parse_math": False, "patch.facecolor": "w"})  # "$" is a "$"; a named colour is quick
 NAMES = [lead.replace("AV", "aV") for lead in LEADS]
@@ -208,11 +208,11 @@ def load_prototypes(name, args, prep):
     """A model's prototypes.json, each prototype with its `model`, `kind` and the `row` of its training record; exits if
     it is damaged or does not belong to `prep`."""
     path, maker = args.run / name / "prototypes.json", common.command("03_project.py", name)
-    record, row_of = common.load_json(path, maker), {int(e): i for i, e in enumerate(prep.ecg_ids)}
+    record = common.load_json(path, maker, "inputs", "kind", "projected", "prototypes")
     try:
         common.same_input(record, "prep", prep.path, path, maker, args.force)
         for j, q in enumerate(record["prototypes"]):
-            q.update(row=row_of[q["ecg_id"]], model=name, kind=record["kind"], index=j)
+            q.update(row=prep.row_of[q["ecg_id"]], model=name, kind=record["kind"], index=j)
             if not 0 <= q["samples"][0] < q["samples"][1] <= SAMPLES or not {q["class"], *q["labels"]} <= set(CODES):
                 raise ValueError
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
@@ -345,7 +345,7 @@ def load_classifiers(args, prep):
         meta, arrays = common.load_head(path, maker)
         head = SimpleNamespace(name=name, classes=meta["classes"], networks=[], prototypes=[], **arrays,
                                file=path.relative_to(args.run).as_posix(), hash=common.file_hash(path))
-        for m in [m for m, _ in meta["branches"]] if fusion else [name]:
+        for m in BRANCHES if fusion else [name]:
             source_of = common.command("03_project.py", m)
             projected = common.newest(args.run / m, "projected", source_of)[1]
             key = f"{m}/{projected.name}" if fusion else "projected"
@@ -393,8 +393,6 @@ def explain(x, classifiers, top):
                     {**head.prototypes[j], "similarity": s[j], "mean": head.mean[j], "std": head.std[j],
                      "weight": head.W[c, j], "contribution": terms[j], "matched": matched[j]} for j in shown],
                 "others": np.delete(terms, shown).sum(), "number_of_others": len(terms) - len(shown)})
-            total = results[-1]["bias"] + terms[shown].sum() + results[-1]["others"]
-            assert abs(total - logits[c]) < 1e-4, "contributions and bias do not add up to the logit"
     return sorted(results, key=lambda r: -r["probability"])
 
 
@@ -449,10 +447,10 @@ def case(args, prep, words, ecg_id=None):
         x, codes, true = read_wfdb(path), None, "not known"
         title, name = f"record {Path(path).name}", f"record_{file_name(Path(path).name)}"
     else:
-        if ecg_id not in prep.ecg_ids:
+        if ecg_id not in prep.row_of:
             sys.exit(f"ECG {ecg_id} is not in {args.prep}, which holds {len(prep.ecg_ids):,} records between "
                      f"{prep.ecg_ids.min()} and {prep.ecg_ids.max()}")
-        row = int(np.flatnonzero(prep.ecg_ids == ecg_id)[0])
+        row = prep.row_of[ecg_id]
         x, codes = prep.signals[row], [c for c, on in zip(CODES, prep.labels[row]) if on]
         part = "test" if prep.test[row] else "validation" if prep.val[row] else "training"
         title, name, true = f"{part} ECG {ecg_id}", str(ecg_id), "; ".join(words[c] for c in codes) or "none"
@@ -658,7 +656,7 @@ $("import").onclick = () => $("file").click();
 $("file").onchange = async e => {
   try {
     const found = JSON.parse(await e.target.files[0].text());
-    if (found.kind !== "protoecgnet-ratings" || found.format !== 1) throw 0;
+    if (found.kind !== "protoecgnet-ratings" || found.format !== 1 || String(found.made) !== String(made)) throw 0;
     const n = adopt(found), all = Object.keys(found.ratings).length;
     save(); show(); say(`Imported ${n} of ${all} ratings${n < all ? "; the others belong to other prototypes" : ""}.`);
   } catch { say("This file does not hold ratings exported from this page.") }

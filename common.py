@@ -41,11 +41,9 @@ CODES = ("NDT NST_ DIG LNGQT NORM IMI ASMI LVH LAFB ISC_ IRBBB 1AVB IVCD ISCAL C
          "INJAS LMI ISCIL LPFB ISCAS INJAL ISCLA RVH ANEUR RAO/RAE EL WPW ILBBB IPLMI ISCAN IPMI SEHYP INJIN INJLA PMI "
          "3AVB INJIL 2AVB ABQRS PVC STD_ VCLVH QWAVE LOWT NT_ PAC LPR INVT LVOLT HVOLT TAB_ STE_ PRC(S) SR AFIB STACH "
          "SARRH SBRAD PACE SVARR BIGU AFLT SVTAC PSVT TRIGU").split()
-_RHYTHM = "1AVB 2AVB 3AVB AFIB AFLT BIGU IVCD PACE PSVT SARRH SBRAD SR STACH SVARR SVTAC TRIGU".split()
-_GLOBAL = "DIG EL NORM".split()
-GROUPS = {"rhythm": [c for c in CODES if c in _RHYTHM],
-          "morphology": [c for c in CODES if c not in _RHYTHM + _GLOBAL],
-          "global": [c for c in CODES if c in _GLOBAL],
+_RHYTHM = "1AVB IVCD 3AVB 2AVB SR AFIB STACH SARRH SBRAD PACE SVARR BIGU AFLT SVTAC PSVT TRIGU".split()
+_GLOBAL = "DIG NORM EL".split()
+GROUPS = {"rhythm": _RHYTHM, "morphology": [c for c in CODES if c not in _RHYTHM + _GLOBAL], "global": _GLOBAL,
           "all": CODES}
 
 # Every model that can be trained: (kind of prototype, label group). "blackbox" has no prototypes.
@@ -54,6 +52,7 @@ MODELS = {"rhythm": ("1d", "rhythm"), "morphology": ("partial", "morphology"), "
           "blackbox-1d": ("blackbox", "all"), "blackbox-2d": ("blackbox", "all"),
           "blackbox-rhythm": ("blackbox", "rhythm"), "blackbox-morphology": ("blackbox", "morphology"),
           "blackbox-global": ("blackbox", "global")}
+BOXES = [m for m in MODELS if MODELS[m][0] == "blackbox"]
 BRANCHES = ["rhythm", "morphology", "global"]  # the paper's three
 IMAGENET = "resnet18-f37072fd.pth"  # torchvision's ResNet18 weights, fetched by 00_download.py --imagenet
 
@@ -77,6 +76,7 @@ class Config:
     dropout: float = 0.2             # before the last residual stage (paper: tuned; place: authors' code)
     scale_input: bool = True         # StandardScaler per lead, fitted on folds 1-8 (paper silent)
     start: str = "blackbox-1d"       # backbone starts: random, imagenet (not the 1D models), or a black box of this run
+                                     # (2D black boxes then start from imagenet, 1D ones at random)
     rhythm_alone: bool = True        # of a start from blackbox-1d: the rhythm branch's is blackbox-rhythm instead
     pool: str = "meanmax"            # over time, 1D branch and black boxes: mean (paper) or mean and maximum; black
                                      # boxes then have dropout .5 before their head
@@ -137,7 +137,7 @@ def recipe(args):
 
 
 def start_of(name, cfg):
-    """What the backbone of model `name` starts from: random, imagenet or a black box of the run."""
+    """What the backbone of prototype model `name` starts from: random, imagenet or a black box of the run."""
     return "blackbox-rhythm" if (name, cfg.start) == ("rhythm", "blackbox-1d") and cfg.rhythm_alone else cfg.start
 
 
@@ -149,7 +149,7 @@ def without_contrastive(cfg):
 
 
 # What the settings of several kinds may be
-CHOICES = {"start": ("random", "imagenet", *(m for m in MODELS if MODELS[m][0] == "blackbox")),
+CHOICES = {"start": ("random", "imagenet", *BOXES),
            "pool": ("mean", "meanmax"), "add_on": ("whitened", "sigmoid"), "prototypes": ("data", "random"),
            "sampler": ("shuffle", "weighted"), "project_every": (0, 1),
            "head": ("refit", "free", "frozen"), "optimizer": ("adam", "adamw"),
@@ -259,12 +259,12 @@ def pool_over_time(h, how):
 
 
 class Scaler(nn.Module):
-    """StandardScaler per lead as part of the model: (x - mean) / std, from 01; the identity if nothing is given."""
+    """StandardScaler per lead as part of the model: (x - mean) / std, from 01; by default the identity."""
 
-    def __init__(self, mean=None, std=None):
+    def __init__(self, mean=(0.0,) * 12, std=(1.0,) * 12):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(12, 1) if mean is None else torch.tensor(mean).float().view(12, 1))
-        self.register_buffer("std", torch.ones(12, 1) if std is None else torch.tensor(std).float().view(12, 1))
+        self.register_buffer("mean", torch.tensor(mean).float().view(12, 1))
+        self.register_buffer("std", torch.tensor(std).float().view(12, 1))
 
     def forward(self, x):
         return (x - self.mean) / self.std
@@ -299,14 +299,10 @@ class ProtoECGNet(nn.Module):
         self.head.weight.data = 1.5 * own - 0.5                                       # W_cp = 1 own, -0.5 else (3.5)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, x):
-        """x [B, 12, 1000] mV -> what the add-on reads: [B, 512, 32], 1D branch: pooled over time, [B, 1024, 1]."""
-        h = self.backbone(self.scaler(x))
-        return pool_over_time(h, self.pool) if self.kind == "1d" else h
-
     def latent(self, x):
-        """x [B, 12, 1000] mV -> z [B, D, L]."""
-        return self.add_on(self.features(x))
+        """x [B, 12, 1000] mV -> z [B, D, L]; the 1D branch pools over time first, so that L = 1."""
+        h = self.backbone(self.scaler(x))                                             # [B, 512, 32]
+        return self.add_on(pool_over_time(h, self.pool) if self.kind == "1d" else h)
 
     def scores(self, z):
         """z [B, D, L] -> s [B, P]: the mean of the top-k windows of Eq. (1); 1D and global have one window."""
@@ -401,20 +397,18 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
         own = torch.where(p_class == c)[0]
         members = np.flatnonzero(carries[:, c])                                             # Z_j of Eq. (8)
         if not len(members):
-            sys.exit(f"class {c} of the model has no training record in these arrays: {rerun('02_train_joint.py')}")
+            sys.exit(f"a class of the model has no training record in these arrays: {rerun('02_train_joint.py')}")
         S = torch.cat([similarity(z[part].to(p), p[own]) for part in np.array_split(members, -(-len(members) // 512))])
         S = S.transpose(0, 1).cpu().numpy()                                                 # [own, n, windows]
-        flat, taken = S.reshape(len(own), -1).copy(), 0
-        for i in np.argsort(-flat.max(1), kind="stable"):
+        flat = S.reshape(len(own), -1).copy()
+        for taken, i in enumerate(np.argsort(-flat.max(1), kind="stable"), start=1):
             at = int(flat[i].argmax())                     # the first maximum: lowest ecg_id, then earliest window
             record, window = divmod(at, S.shape[2])
-            taken += 1
             if unique and taken < flat.shape[1]:
                 flat[:, at] = -np.inf
             j = int(own[i])
             projected[j] = z[members[record], :, window:window + p.shape[2]].to(p)
-            best = S[i].argmax(1)                                                           # [n] window per record
-            score = S[i][np.arange(len(best)), best]
+            best, score = S[i].argmax(1), S[i].max(1)                                       # [n] of each record
             others = [r for r in np.argsort(-score, kind="stable")[:runners + 1] if r != record][:runners]
             found[j] = [(int(ids[members[r]]), int(w), float(S[i, r, w])) for r, w in
                         [(record, window), *((r, best[r]) for r in others)]]
@@ -615,7 +609,6 @@ FORMAT = 1  # raised when an artifact's layout changes
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path in the same folder; on success it becomes `path` in one step, on failure it is removed."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent not in _swept:
         _swept.add(path.parent)
@@ -666,14 +659,17 @@ def save_pt(path, value):
         t.write_bytes(buffer.getbuffer())
 
 
-def load_json(path, maker):
-    """JSON object of `path`; exits naming `maker`, the command that writes it, when it is missing or damaged."""
+def load_json(path, maker, *keys):
+    """JSON object of `path`; exits naming `maker`, the command that writes it, when it is missing or damaged, or if any
+    `keys` are asked for, when it lacks one of them or is of another FORMAT."""
     try:
         value = json.loads(_there(path, maker).read_text())
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         sys.exit(f"{path} is damaged: {rerun(maker)} again")
+    if keys and (value.get("format") != FORMAT or not {*keys} <= {*value}):
+        sys.exit(f"{path} is damaged or of another version: {rerun(maker)} again")
     return value
 
 
@@ -701,9 +697,9 @@ def load_pt(path, maker):
 
 
 def _there(path, maker):
-    if not Path(path).is_file():
+    if not path.is_file():
         sys.exit(f"{path} is missing: {rerun(maker)} first")
-    return Path(path)
+    return path
 
 
 def file_hash(path):
@@ -744,19 +740,19 @@ def same_input(meta, name, path, artifact, maker, force=False):
 
 def load_prep(folder):
     """The arrays of 01 as a namespace: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71] uint8, folds, ecg_ids,
-    patient_ids [N], info (preprocess.json) and path, the file whose fingerprint stands for all of them."""
-    folder, maker = Path(folder), "01_preprocess.py"
-    info = load_json(folder / "preprocess.json", maker)
-    if info.get("format") != FORMAT or not {"shapes", "sha256", "scaler", "jaccard", "sizes"} <= set(info):
-        sys.exit(f"{folder / 'preprocess.json'} is damaged or of another version: {rerun(maker)} again")
-    prep = SimpleNamespace(info=info, path=folder / "preprocess.json")
+    patient_ids [N], row_of {ecg_id: row}, info (preprocess.json) and path, whose fingerprint stands for all of them."""
+    path, maker = folder / "preprocess.json", "01_preprocess.py"
+    info = load_json(path, maker, "shapes", "sha256", "scaler", "jaccard", "sizes")
+    prep = SimpleNamespace(info=info, path=path)
     for name in ("signals", "labels", "folds", "ecg_ids", "patient_ids"):
-        array = load_npy(folder / f"{name}.npy", maker, mmap=name == "signals")
-        changed = name != "signals" and file_hash(folder / f"{name}.npy") != info["sha256"][name]  # signals: 1 GB
+        file = folder / f"{name}.npy"
+        array = load_npy(file, maker, mmap=name == "signals")
+        changed = name != "signals" and file_hash(file) != info["sha256"][name]  # signals: 1 GB
         if changed or list(array.shape) != info["shapes"][name]:
-            sys.exit(f"{folder / name}.npy does not belong to {prep.path}: {rerun(maker)} again")
+            sys.exit(f"{file} does not belong to {path}: {rerun(maker)} again")
         setattr(prep, name, array)
     prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10
+    prep.row_of = {e: i for i, e in enumerate(prep.ecg_ids.tolist())}
     return prep
 
 
@@ -774,8 +770,8 @@ def columns(codes):
 def newest(folder, name, maker):
     """(round, path) of the highest round of name.pt, name_r2.pt, ... in a model's folder; exits if there is none."""
     pattern = re.compile(rf"{name}(?:_r(\d+))?\.pt")
-    found = [(int(m[1] or 1), p) for p in Path(folder).glob(f"{name}*.pt") if (m := pattern.fullmatch(p.name))]
-    return max(found) if found else (1, _there(Path(folder) / f"{name}.pt", maker))
+    found = [(int(m[1] or 1), p) for p in folder.glob(f"{name}*.pt") if (m := pattern.fullmatch(p.name))]
+    return max(found) if found else (1, _there(folder / f"{name}.pt", maker))
 
 
 def command(stage, model, round_=1):
@@ -786,7 +782,7 @@ def command(stage, model, round_=1):
 def prototype_models(args):
     """The prototype models to work on: those of --model, or all that 02 has trained in the run (in MODELS' order)."""
     names = args.model or [m for m in MODELS if list((args.run / m).glob("joint*.pt"))]
-    names = [m for m in names if MODELS[m][0] != "blackbox"]
+    names = [m for m in names if m not in BOXES]
     if not names:
         sys.exit(f"{args.run} holds no prototype model of those asked for: {rerun('02_train_joint.py')} first")
     return names
@@ -795,7 +791,7 @@ def prototype_models(args):
 def load_head(path, maker):
     """(meta, its arrays W [C, P], b [C], mean [P], std [P] in float64) of a classifier that 04 wrote."""
     saved = load_pt(path, maker)
-    return saved["meta"], {k: saved[k].double().cpu().numpy() for k in ("W", "b", "mean", "std")}
+    return saved["meta"], {k: saved[k].numpy() for k in ("W", "b", "mean", "std")}
 
 
 def config_of(meta):
