@@ -580,6 +580,23 @@ def test_config_counts_for_more_than_the_lambdas_of_no_contrastive(tiny_prep, tm
     assert cfg.lambdas == (0.8, 0.08, 7.0, 0.0)
 
 
+def test_no_contrastive_counts_for_more_than_a_flag(tiny_prep, tmp_path, monkeypatch):
+    tiny_prep()
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--prototypes", "random",
+                "--no-contrastive", "--lambda-cntrst", 3, "--lambda-div", 5, "--epochs", 0)
+    config = json.loads((run / "rhythm" / "joint.json").read_text())["config"]
+    assert (config["lambda_cntrst"], config["lambda_div"]) == (0, 5)
+
+
+def test_an_epoch_as_good_as_the_start_is_not_the_best(tiny_prep, tmp_path, monkeypatch):
+    """The weights that are kept are the start's then."""
+    tiny_prep()
+    monkeypatch.setattr(stage("02_train_joint"), "validate", lambda *_: 0.5)
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--epochs", 2)
+    meta = json.loads((run / "rhythm" / "joint.json").read_text())
+    assert (meta["best_epoch"], meta["epochs"], meta["val_auroc"]) == (0, 2, 0.5)
+
+
 def test_config_is_overridden_by_flags(tiny_prep, tmp_path, monkeypatch):
     tiny_prep()
     (tmp_path / "config.json").write_text(json.dumps({"config": {

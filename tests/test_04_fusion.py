@@ -382,6 +382,17 @@ def test_a_model_trained_again_leaves_no_fusion_of_what_it_was(run_to_fusion, tm
     assert {"rhythm", "global"} <= {*left} and not {"fusion", "fusion-own"} & {*left}
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0, "inputs": 1}'])
+def test_damaged_predictions_are_written_anew(run_to_fusion, tmp_path, monkeypatch, text):
+    """05's remedy for them is 04."""
+    name = f"damaged{len(text)}"
+    _, run = run_to_fusion(name)
+    before = (run / "predictions.json").read_bytes()
+    (run / "predictions.json").write_text(text)
+    run_stage(monkeypatch, "04_fusion", "--prep", tmp_path / f"prep-{name}", "--run", run, "--device", "cpu")
+    assert (run / "predictions.json").read_bytes() == before
+
+
 def test_fusion_refuses_prototypes_of_another_training(run_to_fusion, monkeypatch, capsys):
     prep, run = run_to_fusion("stale")
     write_joint(run, prep, "rhythm", seed=1)  # trained again, not projected again
