@@ -281,7 +281,8 @@ def gallery(args, prep, records, words):
     title = f"{len(jobs):,} prototypes of {html.escape(str(args.run))}"
     with common.replacing(figures / "gallery.html") as t:
         t.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.4 sans-serif; margin: 1rem 2rem }} ul {{ columns: 24rem; column-gap: 3rem }} figcaption {{ font-size: 14px }}
+body {{ font: 16px/1.4 sans-serif; margin: 1rem 2rem }} ul {{ columns: 24rem; column-gap: 3rem }}
+figcaption {{ font-size: 14px }}
 figure {{ display: inline-block; vertical-align: top; width: 297px; margin: 0 1rem 1rem 0 }}
 img {{ border: 1px solid #bbb; object-fit: contain }}</style><h1>{title}</h1>
 <p>Each prototype is a real training ECG, or 0.94 s of one, with which the model compares new ECGs. Below it stand its
