@@ -29,33 +29,45 @@ from tqdm import tqdm
 import common
 from common import BOXES, BRANCHES, CODES, MODELS
 
-STRENGTHS = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4]  # lambda of Eq. (10), tried from strong to weak
+STRENGTHS = {"default": [5e-2, 2e-2, 1e-2, 7e-3, 5e-3, 3e-3, 2e-3, 1e-3],  # lambda of Eq. (10), tried from strong
+             "paper": [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4]}    # to weak; see `lambda_of`
 MOST_OFF = {"default": 0.1, "paper": 1.0}  # share of off-class weights that may be non-zero; the paper sets no limit
 L2 = 1e-4         # on all weights, in units of the mean BCE; without it a class that is separable has no optimum
 ENTERING = 64     # weights that may join a class's working set at a time
 TOLERANCE = 1e-5  # on the optimality conditions, in the same units
 
 
+def lambda_of(strength, Y, recipe):
+    """lambda of Eq. (10) for each class of Y [N, C], from one strength: [C].
+
+    The paper recipe's is the same for all, the default recipe's is times the standard deviation of the label. At W = 0
+    the gradient of the BCE is the covariance of score and label, so then the same correlation, and not the same
+    covariance, lets a weight in: a rare label is not kept from evidence that a frequent one has in plenty.
+    """
+    return strength * (np.maximum(Y.std(0), 1e-6) if recipe == "default" else np.ones(Y.shape[1]))
+
+
 def fit(X, Y, off, strength, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=200):
     """Minimise Eq. (10), mean BCE + strength * |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b (if
     there is none, W = 0 and b at the log odds of each class).
 
-    X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another class's prototype
-    (strength inf forbids these), all float64. Every class is a convex problem of its own: Newton's method on a working
-    set of own-class weights, non-zero weights and those that violate optimality most, each step a small quadratic
-    problem with L1. Returns W [C, P], b [C] and the largest violation of the optimality conditions.
+    X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another class's prototype,
+    all float64; strength is a number or [C] (inf forbids weights of other classes' prototypes). Every class is a convex
+    problem of its own: Newton's method on a working set of own-class weights, non-zero weights and those that violate
+    optimality most, each step a small quadratic problem with L1. Returns W [C, P], b [C] and the largest violation of
+    the optimality conditions.
     """
     if W is None:
         prior = Y.mean(0)
         W, b = np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9))
     W, b, largest = W.copy(), b.copy(), np.full(len(W), np.inf)
     X_1 = np.column_stack([X, np.ones(len(X))])                                             # the bias comes last
-    todo = np.arange(len(W))
+    todo, strength = np.arange(len(W)), np.broadcast_to(strength, len(W))
     for _ in range(rounds):
         W_c, off_c = W[todo], off[todo]
         error = expit(X @ W_c.T + b[todo]) - Y[:, todo]                                     # [N, classes to do]
         G = error.T @ X / len(X) + l2 * W_c                                                 # [., P] smooth gradient
-        l1 = np.where(off_c, min(strength, 1e9), 0.0)                                       # [., P]
+        l1 = np.where(off_c, strength[todo, None].clip(max=1e9), 0.0)                       # [., P]
         violation = np.where(W_c != 0, np.abs(G + l1 * np.sign(W_c)), np.maximum(np.abs(G) - l1, 0))
         largest[todo] = np.maximum(violation.max(1), np.abs(error.mean(0)))                 # weights and bias
         unsolved = largest[todo] > tolerance
@@ -66,7 +78,7 @@ def fit(X, Y, off, strength, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=
             entering = np.flatnonzero(off[c] & (W[c] == 0) & (v > 0))
             entering = entering[np.argsort(-v[entering])[:ENTERING]]
             work = np.union1d(np.flatnonzero(~off[c] | (W[c] != 0)), entering)
-            l1 = np.where(off[c, work], strength, 0.0)
+            l1 = np.where(off[c, work], strength[c], 0.0)
             W[c, work], b[c] = newton(X_1[:, [*work, -1]], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
     return W, b, float(largest.max())
 
@@ -141,8 +153,8 @@ def fit_path(X, Y, off, X_val, y_val, what, recipe):
     strength chosen.
     """
     path, fits, W, b = [], [], None, None
-    for strength in tqdm(STRENGTHS, desc=f"{what}: L1 strengths", leave=False, disable=None):
-        W, b, violation = fit(X, Y, off, strength, W, b)
+    for strength in tqdm(STRENGTHS[recipe], desc=f"{what}: L1 strengths", leave=False, disable=None):
+        W, b, violation = fit(X, Y, off, lambda_of(strength, Y, recipe), W, b)
         if fits and off.any() and (W[off] != 0).mean() > MOST_OFF[recipe]:
             break
         auroc = common.macro_auroc(y_val, X_val @ W.T + b)
@@ -150,7 +162,7 @@ def fit_path(X, Y, off, X_val, y_val, what, recipe):
                      "violation": violation})
         fits.append((W, b))
     chosen = int(np.argmax([row["val_auroc"] or 0 for row in path]))  # of equals the strongest
-    return *fits[chosen], path, STRENGTHS[chosen]
+    return *fits[chosen], path, path[chosen]["strength"]
 
 
 def known(value):
@@ -212,7 +224,7 @@ def main():
             if projected and not own_only:
                 W, b, steps, strength = fit_path(X, Y, off, X_val, y_val, name, meta["recipe"])
             else:  # from where it stands, own-class weights at zero or the projected prototypes' solution
-                W, b, violation = fit(X, Y, off, strength, W, b)
+                W, b, violation = fit(X, Y, off, lambda_of(strength, Y, meta["recipe"]), W, b)
                 steps = [{"violation": violation}]
             key = name if projected else f"{name}-unprojected"
             nonzero, forced = int((W != 0).sum()), [*warnings]

@@ -52,7 +52,7 @@ def objective(X, Y, off, strength, W, b, l2=fusion.L2):
 
 def check_optimal(X, Y, off, strength, W, b, within, l2=fusion.L2):
     """The optimality (KKT) conditions of the convex problem, class by class and weight by weight."""
-    for c in range(len(W)):
+    for c, strength in enumerate(np.broadcast_to(strength, len(W))):
         residual = 1 / (1 + np.exp(-(X @ W[c] + b[c]))) - Y[:, c]
         assert abs(residual.mean()) <= within, f"bias of class {c}"
         for p in range(W.shape[1]):
@@ -105,6 +105,34 @@ def test_fit_reaches_the_objective_of_a_slow_reference(strength, seed):
         ours = objective(X, Y[:, [c]], off[[c]], strength, W[[c]], b[[c]])
         assert abs(ours - best.fun) <= 1e-7, c
         np.testing.assert_allclose(W[c], best.x[:10] - best.x[10:20], atol=2e-3)
+
+
+def test_every_class_has_its_own_strength():
+    X, Y, off = problem()
+    strength = np.array([1e-3, 1e-2, 5e-2, np.inf])
+    W, b, violation = solve(X, Y, off, strength)
+    assert violation <= TIGHT
+    check_optimal(X, Y, off, strength, W, b, within=1e-7)
+    for c in range(4):
+        alone = solve(X, Y[:, [c]], off[[c]], strength[c])
+        np.testing.assert_allclose(W[c], alone[0][0], atol=2e-5)
+
+
+def test_rare_and_frequent_labels_let_the_same_correlation_in():
+    """At W = 0 the covariance of a score with a label is its correlation times the label's spread: under the default
+    recipe a class's first weight appears at the strength of its largest correlation, whatever the class's frequency."""
+    rng = np.random.default_rng(0)
+    Y = (rng.random((4000, 3)) < [0.5, 0.05, 0.01]).astype(float)
+    X = rng.normal(size=(4000, 3)) + Y / Y.std(0)  # the score of a class correlates by about .7
+    X = (X - X.mean(0)) / X.std(0)
+    off, largest = np.ones((3, 3), bool), np.abs(X.T @ (Y - Y.mean(0)) / len(Y) / Y.std(0)).max(0)
+    assert largest.min() > 0.9 * largest.max()
+    for strength, some in ((1.01, 0), (0.99, 1)):
+        for c in range(3):
+            W, _, _ = solve(X, Y[:, [c]], off[[c]], fusion.lambda_of(strength * largest[c], Y, "default")[c])
+            assert (W != 0).sum() == some
+    assert (fusion.lambda_of(0.3, Y, "paper") == 0.3).all()
+    assert (fusion.lambda_of(np.inf, 0 * Y, "default") == np.inf).all()
 
 
 def test_fit_does_not_depend_on_the_start():
@@ -229,20 +257,21 @@ def test_best_strength_of_fold_9_is_chosen_within_the_limit(monkeypatch):
     curve = iter([0.80, 0.9001, 0.9020, 0.9015, 0.9020, 0.9018, 0.9017, 0.90])
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: next(curve))
     chosen = path_of(scores, prep, y, np.zeros(8, int))
-    assert [row["strength"] for row in chosen["path"]] == sorted(fusion.STRENGTHS, reverse=True)
-    assert chosen["strength"] == fusion.STRENGTHS[2]  # the stronger of the two with .9020
+    assert [row["strength"] for row in chosen["path"]] == sorted(fusion.STRENGTHS["default"], reverse=True)
+    assert chosen["strength"] == fusion.STRENGTHS["default"][2]  # the stronger of the two with .9020
 
-    full = dict(zip(fusion.STRENGTHS, [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))  # share of off-class weights it leaves
+    shares = iter(())  # of the off-class weights that the next strengths leave
 
     def fit(X, Y, off, strength, W, b):
-        return (off & (np.cumsum(off).reshape(off.shape) <= full[strength] * off.sum())).astype(float), 0.0, 0.0
+        return (off & (np.cumsum(off).reshape(off.shape) <= next(shares) * off.sum())).astype(float), 0.0, 0.0
     monkeypatch.setattr(fusion, "fit", fit)
     for recipe, tried in (("default", 3), ("paper", 8)):  # the paper sets no limit
-        curve = iter(np.linspace(0.8, 0.9, 8))
+        curve, shares = iter(np.linspace(0.8, 0.9, 8)), iter([0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
         chosen = path_of(scores, prep, y, np.zeros(8, int), recipe)
-        assert len(chosen["path"]) == tried and chosen["strength"] == fusion.STRENGTHS[tried - 1], recipe
+        assert len(chosen["path"]) == tried and chosen["strength"] == fusion.STRENGTHS[recipe][tried - 1], recipe
     monkeypatch.setattr(common, "macro_auroc", lambda y, s: float("nan"))  # no label to judge by: the strongest
-    assert path_of(scores, prep, y, np.zeros(8, int))["strength"] == fusion.STRENGTHS[0]
+    shares = iter([0] * 8)
+    assert path_of(scores, prep, y, np.zeros(8, int))["strength"] == fusion.STRENGTHS["default"][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,8 +369,8 @@ def test_whole_fusion_of_three_branches(run_to_fusion, capsys):
         row = {int(e): i for i, e in enumerate(prep.ecg_ids)}
         for p, q in enumerate(prototypes):
             X[row[q["ecg_id"]], p] = 0
-        strength = saved["meta"]["strength"] if name == "fusion" else np.inf
         Y = prep.labels[prep.train][:, common.columns(classes)].astype(float)
+        strength = saved["meta"]["strength"] * Y.std(0) if name == "fusion" else np.inf
         check_optimal(X[prep.train], Y, off, strength, W, b, within=1e-4)
 
     macro, branch = np.load(run / "logits_macro.npy"), [np.load(run / f"logits_{m}.npy") for m in common.BRANCHES]
@@ -359,7 +388,7 @@ def test_a_branch_that_fold_9_cannot_judge(run_to_fusion):
 
     _, run = run_to_fusion("unjudged", none_in_fold_9)
     saved = torch.load(run / "rhythm/classifier.pt", weights_only=True)
-    assert saved["meta"]["strength"] == fusion.STRENGTHS[0]
+    assert saved["meta"]["strength"] == fusion.STRENGTHS["default"][0]
     assert json.loads((run / "predictions.json").read_text())["models"]["rhythm"]["val_auroc"] is None
 
 
