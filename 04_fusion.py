@@ -40,7 +40,7 @@ TOLERANCE = 1e-5  # on the optimality conditions, in the same units
 def lambda_of(strength, Y, recipe):
     """lambda of Eq. (10) for each class of Y [N, C], from one strength: [C].
 
-    Under the paper recipe lambda is the strength, of all classes; under the default recipe it is that times the
+    Under the paper recipe lambda is the strength, for all classes; under the default recipe it is that times the
     standard deviation of the class's label, a departure from the paper. At W = 0 the gradient of the BCE is the
     covariance of score and label, so then the same correlation, and not the same covariance, lets a weight in: a rare
     label is not kept from evidence that a frequent one has in plenty.
