@@ -456,8 +456,9 @@ def test_review_in_a_browser(browser, pages, made, tmp_path):
     assert find("title").text == title
 
     find("export").click()
-    for _ in range(50):
-        if exported := list(tmp_path.glob("ratings_*.json")):
+    for _ in range(100):                                                                    # made empty, then filled
+        exported = [f for f in tmp_path.glob("ratings_*.json") if f.stat().st_size]
+        if exported and not list(tmp_path.glob("*.crdownload")):
             break
         time.sleep(0.1)
     found = json.loads(exported[0].read_text())
