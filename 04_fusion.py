@@ -241,7 +241,7 @@ def main():
                 common.save_json(path.with_suffix(".json"), meta)
                 common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
                                       dict(W=W, b=b, mean=mean, std=std).items()}})
-            how = "own class only" if own_only else f"lambda {strength:.0e}"
+            how = "own class only" if own_only else f"L1 strength {strength:.0e}"
             print(f"{key:22s} fold 9 {summary[key]:.4f}  {nonzero:6,} of {W.size:6,} weights  {how}  "
                   f"{time.time() - began:.1f} s", flush=True)
 
