@@ -24,6 +24,7 @@ import time
 import numpy as np
 import torch
 from scipy.special import expit
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
@@ -48,6 +49,7 @@ def lambda_of(strength, Y, recipe):
     return strength * (np.maximum(Y.std(0), 1e-6) if recipe == "default" else np.ones(Y.shape[1]))
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # systems this small: on a busy machine threads wait for each other
 def fit(X, Y, off, strength, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=200):
     """Minimise Eq. (10), mean BCE + strength * |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b (if
     there is none, W = 0 and b at the log odds of each class).

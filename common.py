@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from scipy.signal import butter, filtfilt
 from scipy.stats import rankdata
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,6 +503,7 @@ def parse(p, argv=None):
         if args.threads < 1:
             p.error("--threads must be at least 1")
         torch.set_num_threads(args.threads)
+        threadpool_limits(args.threads, user_api="blas")                                    # numpy's and scipy's own
     try:
         torch.ones(1, device=args.device).item()  # a GPU may be there that this torch has no code for
     except (RuntimeError, AssertionError) as e:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,6 +21,7 @@ import common  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits an ignored Ctrl-C
 torch.set_num_threads(1)  # the tensors here are small: on a busy machine threads would only wait for each other
+threadpool_limits(1, user_api="blas")
 
 # no time limit per example (the machine may be busy), no .hypothesis folder, the same examples in every run
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import common
 from common import CODES
@@ -133,6 +134,15 @@ def test_rare_and_frequent_labels_let_the_same_correlation_in():
             assert (W != 0).sum() == some
     assert (fusion.lambda_of(0.3, Y, "paper") == 0.3).all()
     assert (fusion.lambda_of(np.inf, 0 * Y, "default") == np.inf).all()
+
+
+def test_fit_takes_one_thread_of_numpys(monkeypatch):
+    seen, solve_ = [], np.linalg.solve
+    monkeypatch.setattr(np.linalg, "solve", lambda A, b: seen.append(
+        {p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"}) or solve_(A, b))
+    with threadpool_limits(2, user_api="blas"):
+        solve(*problem(), 0.03)
+    assert seen and set.union(*seen) == {1}
 
 
 def test_fit_does_not_depend_on_the_start():

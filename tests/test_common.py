@@ -151,6 +151,16 @@ def test_stages_flush_denormal_numbers_in_every_thread():
     assert out.stdout == "0\n", out.stderr
 
 
+def test_threads_bound_numpy_and_scipy_too():
+    """Two threads of numpy's on one free core made a small `solve` 160 times slower."""
+    code = ("import common; common.parse(common.argument_parser(''), ['--threads', '1']); import threadpoolctl; "
+            "print({p['num_threads'] for p in threadpoolctl.threadpool_info() if p['user_api'] == 'blas'})")
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, env=env, capture_output=True,
+                         text=True)
+    assert out.stdout == "{1}\n", out.stderr
+
+
 @pytest.mark.parametrize("kind", common.WINDOW)
 def test_similarities_and_head_are_float32_under_autocast(kind):
     """With W of 1 / -0.5 over hundreds of prototypes, logits differ by less than bf16 resolves."""
