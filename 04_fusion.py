@@ -176,13 +176,13 @@ def known(value):
 def standardise(scores, prep, own_records):
     """scores [N, P] -> (X of folds 1-8, X of fold 9, X of folds 9 and 10, mean [P], std [P]), float64.
 
-    own_records [P] is the row each prototype was taken from: a record's perfect match with itself says nothing about
-    new records, so that entry is set to the mean (0).
+    own_records [P] is the row each prototype was taken from. How well it matches its own record, or another of the same
+    patient, says nothing about new patients, so those entries of X are set to the mean (0).
     """
     scores = scores.astype(np.float64)
     mean, std = scores[prep.train].mean(0), scores[prep.train].std(0).clip(1e-6)
     X = (scores - mean) / std
-    X[own_records, np.arange(len(own_records))] = 0
+    X[prep.patient_ids[:, None] == prep.patient_ids[own_records]] = 0
     return X[prep.train], X[prep.val], X[prep.val | prep.test], mean, std
 
 

@@ -195,7 +195,7 @@ def test_rare_separable_class_has_a_finite_optimum():
 def scores_and_prep(N=60, P=8, seed=0):
     rng = np.random.default_rng(seed)
     folds = 1 + np.arange(N) % 10
-    prep = SimpleNamespace(folds=folds, train=folds <= 8, val=folds == 9, test=folds == 10)
+    prep = SimpleNamespace(folds=folds, train=folds <= 8, val=folds == 9, test=folds == 10, patient_ids=np.arange(N))
     y = rng.random((N, 3)) < 0.4
     scores = 0.9 + 0.02 * rng.normal(size=(N, P)) + 0.02 * (y @ rng.normal(size=(3, P)))
     return scores.astype(np.float32), prep, y.astype(np.uint8), rng
@@ -230,6 +230,16 @@ def test_own_record_entries_do_not_matter():
     scores[own, np.arange(8)] = 1.0  # a perfect match
     again = fusion.standardise(scores, prep, own)[0]
     assert (again[entries] == 0).all() and (X[entries] == 0).all()
+
+
+def test_standardise_forgets_other_records_of_a_prototypes_patient():
+    scores, prep, _, _ = scores_and_prep()
+    own = np.array([0, 3, 3, 56, 12, 20, 21, 30])
+    prep.patient_ids[[1, 2, 5]] = prep.patient_ids[[0, 3, 40]]  # rows 0 and 1 are of one patient, so are 3 and 2
+    X = fusion.standardise(scores, prep, own)[0]
+    rows = np.flatnonzero(prep.train).tolist()
+    assert {(rows[i], p) for i, p in zip(*np.nonzero(X == 0))} == {
+        *((r, p) for p, r in enumerate(own.tolist())), (1, 0), (2, 1), (2, 2)}
 
 
 def test_constant_score_is_no_division_by_zero():
