@@ -370,7 +370,8 @@ def explain(x, classifiers, top):
     """What the classifiers say of x [12, 1000] mV and why: a result for every label, the most probable first.
 
     A result holds the logit, its bias, the `top` prototypes by contribution w * (s - mean) / std, each with the windows
-    of x that match it, best first, and the sum of all `others`.
+    of x that match it, best first, and in `others` number and sum of the rest that has a weight: first of the label's
+    own prototypes, then of other labels'.
     """
     results = []
     for head in classifiers:
@@ -388,12 +389,15 @@ def explain(x, classifiers, top):
             p, threshold = 1 / (1 + np.exp(-np.array([logits[c], head.thresholds[c]])))
             terms = head.W[c] * (s - head.mean) / head.std                                        # [P]
             shown = np.argsort(-terms, kind="stable")[:top]
+            own = np.array([q["class"] == code for q in head.prototypes])
+            left = (head.W[c] != 0) & ~np.isin(np.arange(len(terms)), shown)
             results.append({
                 "label": code, "classifier": head.name, "probability": p, "threshold": threshold,
                 "predicted": bool(p >= threshold), "logit": logits[c], "bias": head.b[c], "prototypes": [
                     {**head.prototypes[j], "similarity": s[j], "mean": head.mean[j], "std": head.std[j],
                      "weight": head.W[c, j], "contribution": terms[j], "matched": matched[j]} for j in shown],
-                "others": np.delete(terms, shown).sum(), "number_of_others": len(terms) - len(shown)})
+                "others": [{"number": int(those.sum()), "contribution": terms[those].sum()}
+                           for those in (left & own, left & ~own)]})
     return sorted(results, key=lambda r: -r["probability"])
 
 
@@ -403,7 +407,7 @@ def page(x, x_source, title, true, r, q, words):
     below = cutouts([(x, places[0]), (x_source, q["samples"])]) if q["kind"] == "partial" else []
     below = [strips([("this ECG", x), ("prototype", x_source)])] if q["kind"] == "1d" else below
     pair = clinical(x, q["kind"], places[0], places[1:]), clinical(x_source, q["kind"], q["samples"])
-    top = 70 + 6 * len(r["prototypes"])
+    top = 76 + 6 * len(r["prototypes"])
     bottom = top + pair[0]["h"] + 3
     height = bottom + (below[0]["h"] + 3 if below else 0) + 6
     fig, ax = sheet(2 * WIDTH + 24, height)
@@ -421,7 +425,9 @@ def page(x, x_source, title, true, r, q, words):
         lines.append(f"{'>' if p is q else ' '} {name:66}{source(p):40}{p['similarity']:10.3f}{p['mean']:12.3f} "
                      f"({p['std']:.3f}){(p['similarity'] - p['mean']) / p['std']:+19.2f}{p['weight']:+11.3f}"
                      f"{p['contribution']:+17.3f}")
-    for name, amount in ((f"all {r['number_of_others']:,} other prototypes", r["others"]),
+    own, other = r["others"]
+    for name, amount in ((f"{own['number']} other prototypes of this label", own["contribution"]),
+                         (f"{other['number']} prototypes of other labels, all with a weight", other["contribution"]),
                          ("bias: the logit of the average training record", r["bias"]),
                          (f"sum: the logit, that is probability {r['probability']:.3g}", r["logit"])):
         lines.append(f"  {name:166}{amount:+17.3f}")

@@ -134,14 +134,19 @@ def test_contributions_and_bias_add_up_to_the_logit_of_stage_04(made):
         assert len(results) == len(classifiers[0].classes)
         for r in results:
             shown = sum(q["weight"] * (q["similarity"] - q["mean"]) / q["std"] for q in r["prototypes"])
-            assert abs(shown + r["others"] + r["bias"] - r["logit"]) < 1e-4
+            assert abs(shown + sum(o["contribution"] for o in r["others"]) + r["bias"] - r["logit"]) < 1e-4
+            W = classifiers[0].W[classifiers[0].classes.index(r["label"])]
+            own = [p["class"] == r["label"] for p in classifiers[0].prototypes]
+            for ours, rest in zip((True, False), r["others"]):  # with those shown, all that have a weight
+                shown = [q for q in r["prototypes"] if q["weight"] != 0 and ours == (q["class"] == r["label"])]
+                assert rest["number"] + len(shown) == sum(w != 0 and o == ours for w, o in zip(W, own))
             # 04's own logit, from float32 similarities in batches of 256; an untrained network's spread is tiny
             assert r["logit"] == pytest.approx(logits[at, CODES.index(r["label"])], abs=2e-3)
             assert r["probability"] == pytest.approx(1 / (1 + np.exp(-r["logit"])))
             first, second = r["prototypes"]
             assert first["contribution"] >= second["contribution"]
         every = plot.explain(made.prep.signals[later[at]], classifiers, 10**6)
-        assert all(r["others"] == 0 and r["number_of_others"] == 0 for r in every)
+        assert all(r["others"] == [{"number": 0, "contribution": 0}] * 2 for r in every)
 
 
 def test_bias_is_the_logit_of_the_average_training_record(made):
@@ -181,7 +186,7 @@ def test_case_writes_pages_and_all_numbers(made, monkeypatch, capsys):
     reached = [r["label"] for r in found["labels"] if r["probability"] >= r["threshold"]]
     assert [r["label"] for r in found["explained"]] == (reached or [found["labels"][0]["label"]])
     for r in found["explained"]:
-        assert abs(r["bias"] + r["others"] + sum(q["contribution"] for q in r["prototypes"]) - r["logit"]) < 1e-4
+        assert abs(r["bias"] + sum(q["contribution"] for q in r["prototypes"] + r["others"]) - r["logit"]) < 1e-4
         for q in r["prototypes"]:
             with Image.open(made.run / "cases" / q["page"]) as image:
                 assert image.info["dpi"] == pytest.approx((127, 127), abs=0.1) and image.width == 5 * 564
