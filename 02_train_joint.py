@@ -167,7 +167,7 @@ def refit_head(model, z, y):
 
     A head that follows SGD lags behind the prototypes; this one makes the fold-9 AUROC of an epoch tell how far the
     evidence of a class's own prototypes goes, which Stage 3 then starts from. Unlike there, a record's match with
-    prototypes of its own patient counts: on fold 9 these weights are no better without.
+    prototypes of its own patient counts.
     """
     s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(128)]).cpu().numpy()     # [N, P]
     mean, std = s.mean(0), s.std(0).clip(1e-6)
