@@ -161,16 +161,22 @@ def validate(name, model, x, y):
     return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy())
 
 
+def patients_of(ecg_ids, prep):
+    """The patient of each of `ecg_ids` [n]."""
+    return prep.patient_ids[[prep.row_of[e] for e in ecg_ids.tolist()]]
+
+
 @torch.no_grad()
-def refit_head(model, z, y):
-    """Solve the head for z [N, D, L], y [N, C]: own-class weights by logistic regression, all other weights zero.
+def refit_head(model, z, y, patients):
+    """Solve the head for z [N, D, L], y [N, C], patients [N]: own-class weights by logistic regression, others zero.
 
     A head that follows SGD lags behind the prototypes; this one makes the fold-9 AUROC of an epoch tell how far the
-    evidence of a class's own prototypes goes, which Stage 3 then starts from. Unlike there, a record's match with
-    prototypes of its own patient counts.
+    evidence of a class's own prototypes goes, which Stage 3 then starts from. As there, a record's similarity to
+    prototypes of its own patient is taken as the mean.
     """
     s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(128)]).cpu().numpy()     # [N, P]
     mean, std = s.mean(0), s.std(0).clip(1e-6)
+    s = np.where(patients[:, None] == model.p_patient.cpu().numpy(), mean, s)
     W, b = np.zeros((len(model.classes), s.shape[1])), np.zeros(len(model.classes))
     for c in range(len(model.classes)):
         own = (model.p_class == c).cpu().numpy()
@@ -253,6 +259,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     y = torch.from_numpy(prep.labels[:, common.columns(classes)]).float().to(device)              # [N, C]
     train_rows, val_rows = (torch.from_numpy(np.flatnonzero(m)).to(device) for m in (prep.train, prep.val))
     y_train, y_val = y[train_rows], y[val_rows]
+    patients = torch.from_numpy(prep.patient_ids).to(device)[train_rows]
     if (y_val == y_val[:1]).all():
         sys.exit(f"fold 9 in {args.prep} has no {group} label both present and absent, so no epoch can be chosen: "
                  "use more records")
@@ -265,7 +272,8 @@ def train(name, args, cfg, prep, folder=None, report=None):
             "classes": classes, "left_out": left_out, "device": device.type}
     model = start(name, args, cfg, prep, meta).to(device)
     if cfg.head == "refit" and not black_box and (args.round > 1 or not cfg.start.startswith("blackbox")):
-        refit_head(model, *common.training_set(model, prep, device)[:2])
+        z, carries, ids = common.training_set(model, prep, device)
+        refit_head(model, z, carries, patients_of(ids, prep))
     ema = cfg.blackbox_ema if black_box else 0
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
     if cfg.head != "free" and not black_box:
@@ -322,6 +330,12 @@ def train(name, args, cfg, prep, folder=None, report=None):
             x_batch, y_batch = x[train_rows[mine]], y_train[mine]
             with autocast:
                 logits, s = net(augment(x_batch) if cfg.augment else x_batch)
+            if not (black_box or cfg.own_patient):  # similarities to prototypes of a record's own patient: the mean
+                mean = s.detach().sum(0)                                                                # [P]
+                if WORLD > 1:
+                    dist.all_reduce(mean)
+                s = torch.where(patients[mine][:, None] == model.p_patient, mean / len(chosen), s)
+                logits = model.head(s)
             if black_box:
                 bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y_batch, reduction="none")
                 total = (bce if w is None else w * bce).mean()
@@ -356,11 +370,13 @@ def train(name, args, cfg, prep, folder=None, report=None):
             if cfg.head == "refit" or cfg.project_every:
                 z, carries, ids = common.training_set(model, prep, device)
             if cfg.project_every:
-                model.p.data.copy_(common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)[0])
+                projected, found = common.project(z, carries, ids, model.p.data, model.p_class, cfg.unique)
+                model.p.data.copy_(projected)
+                model.p_patient.copy_(common.own_patients(found, prep, cfg))
             if cfg.head == "refit":
-                refit_head(model, z, carries)
+                refit_head(model, z, carries, patients_of(ids, prep))
         if not black_box and WORLD > 1:
-            for theirs in (model.p, model.head.weight, model.head.bias):
+            for theirs in (model.p, model.p_patient, model.head.weight, model.head.bias):
                 dist.broadcast(theirs.data, 0)
         auroc = validate(name, average, x[val_rows], y_val)
         if cfg.scheduler == "plateau":
@@ -371,7 +387,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
             if not black_box and RANK == 0:  # judged as projected, kept as it was before: Stage 2 proper is 03's
                 kept.p.data.copy_(p)
                 if cfg.head == "refit":
-                    refit_head(kept, z, carries)
+                    refit_head(kept, z, carries, patients_of(ids, prep))
             best, best_state = auroc, kept.state_dict()
         log.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "val_auroc": auroc,
                     **{t: float(v) for t, v in zip(terms, seen.mean(0))}})
@@ -516,9 +532,10 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
             p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_ if k <= len(unit)
                      else np.resize(unit, (k, unit.shape[1])))                        # each again and again
         centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
-        model.p.data = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)[0]
+        model.p.data, found = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)
+        model.p_patient.copy_(common.own_patients(found, prep, cfg))
     if cfg.head == "refit":
-        refit_head(model, z, carries)
+        refit_head(model, z, carries, patients_of(ids, prep))
     return model
 
 
@@ -554,7 +571,7 @@ def after_stage_3(path, args, prep):
     rows = np.flatnonzero(prep.train | prep.val)
     scores = np.zeros((len(prep.folds), len(model.p)), np.float32)
     scores[rows] = common.batched(lambda x: model.scores(model.latent(x)), prep, rows, args.device)
-    X, X_val, *_ = fusion.standardise(scores, prep, [prep.row_of[f[0][0]] for f in found])
+    X, X_val, *_ = fusion.standardise(scores, prep, common.own_patients(found, prep, cfg).numpy())
     Y, y_val = (prep.labels[m][:, common.columns(model.classes)].astype(np.float64) for m in (prep.train, prep.val))
     off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]                         # [C, P]
     W, b, *_ = fusion.fit_path(X, Y, off, X_val, y_val, meta["model"], cfg.recipe)                      # Eq. (10)

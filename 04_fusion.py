@@ -173,16 +173,16 @@ def known(value):
     return None if np.isnan(value) else value
 
 
-def standardise(scores, prep, own_records):
+def standardise(scores, prep, p_patient):
     """scores [N, P] -> (X of folds 1-8, X of fold 9, X of folds 9 and 10, mean [P], std [P]), float64.
 
-    own_records [P] is the row each prototype was taken from. How well it matches its own record, or another of the same
-    patient, says nothing about new patients, so those entries of X are set to the mean (0).
+    p_patient [P] is the patient each prototype was taken from. How well it matches the records of that patient says
+    nothing about new patients, so those entries of X are set to the mean (0); -1 sets none (Config.own_patient).
     """
     scores = scores.astype(np.float64)
     mean, std = scores[prep.train].mean(0), scores[prep.train].std(0).clip(1e-6)
     X = (scores - mean) / std
-    X[prep.patient_ids[:, None] == prep.patient_ids[own_records]] = 0
+    X[prep.patient_ids[:, None] == p_patient] = 0
     return X[prep.train], X[prep.val], X[prep.val | prep.test], mean, std
 
 
@@ -214,7 +214,7 @@ def main():
                                        "inputs": inputs, "warnings": forced, **more}
         common.save_json(predictions_path, predictions)
 
-    def classify(name, about, scores, before, own_records, p_code, classes, inputs, meta, path, own_only=False):
+    def classify(name, about, scores, before, p_patient, p_code, classes, inputs, meta, path, own_only=False):
         """Fit Eq. (10) for `classes` on scores [N, P] of prototypes with codes p_code [P]; save it with its logits.
         Then at the same strength on the scores `before` projection, of which only the logits are kept."""
         Y = prep.labels[prep.train][:, common.columns(classes)].astype(np.float64)
@@ -223,7 +223,7 @@ def main():
         strength, warnings, W, b = np.inf, meta["warnings"], None, None
         for projected, s in ((True, scores), (False, before)):
             began = time.time()
-            X, X_val, X_later, mean, std = standardise(s, prep, own_records)
+            X, X_val, X_later, mean, std = standardise(s, prep, p_patient)
             if projected and not own_only:
                 W, b, steps, strength = fit_path(X, Y, off, X_val, y_val, name, meta["recipe"])
             else:  # from where it stands, own-class weights at zero or the projected prototypes' solution
@@ -286,11 +286,7 @@ def main():
         both = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in parts])  # [N, 2, P]
         scores, scores_before = np.ascontiguousarray(both.transpose(1, 0, 2))
         common.save_npy(path.with_name("scores.npy"), scores)
-        rows = [prep.row_of.get(q["ecg_id"]) for q in record["prototypes"]]
-        if None in rows:
-            sys.exit(f"{path.with_name('prototypes.json')} names ECGs that {args.prep} does not hold: "
-                     f"{common.rerun(maker)} again")
-        p_code = [model.classes[c] for c in model.p_class.tolist()]
+        p_code, p_patient = [model.classes[c] for c in model.p_class.tolist()], model.p_patient.cpu().numpy()
         inputs, forced = {f"{name}/{path.name}": common.file_hash(path)}, meta.get("warnings", [])
         for step, when, head, s in (("joint", "before", before.head, scores_before),
                                     ("projected", "after", model.head, scores)):
@@ -301,19 +297,19 @@ def main():
         cfg = common.config_of(meta)
         made = {**common.provenance(cfg, "04_fusion.py", projected=path, prep=prep.path), "recipe": cfg.recipe,
                 "warnings": forced}
-        classify(name, f"{name} branch, sparse classifier", scores, scores_before, rows, p_code, model.classes, inputs,
-                 {**made, "model": name}, path.with_name("classifier.pt"))
-        cached[name] = (scores, scores_before, rows, p_code, model.classes, inputs, made)
+        classify(name, f"{name} branch, sparse classifier", scores, scores_before, p_patient, p_code, model.classes,
+                 inputs, {**made, "model": name}, path.with_name("classifier.pt"))
+        cached[name] = (scores, scores_before, p_patient, p_code, model.classes, inputs, made)
 
     # Fusion: the branches' scores side by side, Eq. (9)
     if all(b in cached for b in BRANCHES):
-        scores, scores_before, rows, p_code, codes, inputs, made = zip(*(cached[b] for b in BRANCHES))
+        scores, scores_before, p_patient, p_code, codes, inputs, made = zip(*(cached[b] for b in BRANCHES))
         classes, inputs = [c for c in CODES if c in sum(codes, [])], {k: v for part in inputs for k, v in part.items()}
         fused = {**made[0], "config": {b: part["config"] for b, part in zip(BRANCHES, made)}, "model": "fusion",
                  "inputs": inputs, "warnings": sum((part["warnings"] for part in made), []),
                  "branches": [[b, s.shape[1]] for b, s in zip(BRANCHES, scores)]}
-        both = (np.concatenate(scores, 1), np.concatenate(scores_before, 1), sum(rows, []), sum(p_code, []), classes,
-                inputs, fused)
+        both = (np.concatenate(scores, 1), np.concatenate(scores_before, 1), np.concatenate(p_patient), sum(p_code, []),
+                classes, inputs, fused)
         classify("fusion", "fusion classifier, Eq. (10)", *both, args.run / "fusion.pt")
         classify("fusion-own", "fusion with own-class weights only", *both, args.run / "fusion-own.pt", own_only=True)
 

@@ -96,6 +96,8 @@ class Config:
     # Stage 1 (3.5, Appendix E)
     head: str = "refit"              # W: refit (own-class weights, solved anew after every epoch), or from 1 / -0.5
                                      # free (learns) or frozen (authors' code)
+    own_patient: bool = False        # whether a record's match with prototypes of its own patient counts, here and in
+                                     # Stage 3; it says nothing about new patients
     epochs: int = 6
     patience: int = 10               # epochs without a better fold-9 macro-AUROC before stopping, amid any schedule
     batch: int = 128
@@ -123,7 +125,8 @@ PAPER = Config(recipe="paper", dropout=0.35, scale_input=False, start="imagenet"
                prototypes="random", a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004, lambda_sep=0.0004,
                lambda_div=250.0, lambda_cntrst=600.0, class_weights=True, head="frozen", epochs=200, patience=10,
                batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine", augment=False,
-               blackbox_ema=0.0, blackbox_epochs=200, blackbox_lr=1e-4, project_every=0, rounds=2, unique=False)
+               blackbox_ema=0.0, blackbox_epochs=200, blackbox_lr=1e-4, own_patient=True, project_every=0, rounds=2,
+               unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
 DEMO = dict(width=16, epochs=6, blackbox_epochs=40, batch=32)  # what --demo changes
 SMALL = dict(width=32)                             # what --small changes, to be under a million parameters
@@ -293,6 +296,7 @@ class ProtoECGNet(nn.Module):
             self.add_on = nn.Conv1d(channels, dim, 1)
         p_class = torch.repeat_interleave(torch.arange(len(classes)), torch.as_tensor(per_class))     # [P]
         self.register_buffer("p_class", p_class)
+        self.register_buffer("p_patient", torch.full_like(p_class, -1))  # whose match does not count; -1: all count
         p = torch.rand(len(p_class), dim, WINDOW[kind])
         self.p = nn.Parameter(p if cfg.add_on == "sigmoid" else p - 0.5)              # among latents, signed or not
         self.head = nn.Linear(len(p_class), len(classes))
@@ -414,6 +418,12 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
             found[j] = [(int(ids[members[r]]), int(w), float(S[i, r, w])) for r, w in
                         [(record, window), *((r, best[r]) for r in others)]]
     return projected, found
+
+
+def own_patients(found, prep, cfg):
+    """[P] the patients that the prototypes `found` by projection are of, -1 where a patient's own match counts."""
+    rows = [prep.row_of[places[0][0]] for places in found]
+    return torch.full((len(rows),), -1) if cfg.own_patient else torch.from_numpy(prep.patient_ids[rows])
 
 
 def training_set(model, prep, device):

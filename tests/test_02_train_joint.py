@@ -1,4 +1,5 @@
 """02_train_joint.py: training learns, resumes to the same bits, never sees fold 10, and fails with one sentence."""
+import copy
 import json
 import subprocess
 import sys
@@ -64,6 +65,73 @@ def test_black_box_head_is_the_logistic_regression_that_fold_9_prefers(tiny_prep
     worse = change_prep(tmp_path / "prep", labels=np.where(prep.train[:, None], prep.labels, 1 - prep.labels))
     stage("02_train_joint").refit_black_box(net, worse, cpu)  # fold 9 contradicts folds 1-8: AUROC .5 is the best there
     assert (net.head.weight == 0).all() and (net.head.bias == 0).all()
+
+
+def test_head_is_solved_without_what_a_prototype_says_of_its_own_patient(tiny_prep, tmp_path):
+    """Against the same objective minimised in float64, on scores with the own patients' replaced by the mean."""
+    prep = tiny_prep(n=120)
+    write_joint(tmp_path, prep)
+    net, _ = common.load_model(tmp_path / "rhythm" / "joint.pt", "")
+    z, y, ids = common.training_set(net, prep, torch.device("cpu"))
+    patients = stage("02_train_joint").patients_of(ids, prep)
+    assert patients.tolist() == [prep.patient_ids[prep.ecg_ids.tolist().index(e)] for e in ids]
+    patients[20:40] = patients[:20]  # two records each
+    net.p_patient[1:] = torch.from_numpy(patients[[3, 7, 11]])  # of the first prototype all matches count
+    net.p.data[1:] = z[[3, 7, 11]]
+
+    s = net.scores(z).detach().double().numpy()
+    mean, std = s.mean(0), s.std(0)
+    for p, rows in enumerate([[], [3, 23], [7, 27], [11, 31]]):
+        s[rows, p] = mean[p]
+    stage("02_train_joint").refit_head(net, z, y, patients)
+    for c in range(2):
+        own = net.p_class.numpy() == c
+        X = (s[:, own] - mean[own]) / std[own]
+
+        def objective(v):
+            m = X @ v[:-1] + v[-1]
+            return np.sum(np.logaddexp(0, m) - y[:, c] * m) + len(y) * 1e-4 / 2 * np.sum(v[:-1] ** 2)
+
+        v = scipy.optimize.minimize(objective, np.zeros(X.shape[1] + 1), tol=1e-10).x
+        want, W, b = X @ v[:-1] + v[-1], net.head.weight.detach().numpy(), net.head.bias.detach().numpy()
+        np.testing.assert_allclose(s @ W[c] + b[c], want, atol=0.02 * np.abs(want).max())
+        assert (W[c, ~own] == 0).all()
+
+
+@pytest.mark.parametrize("own_patient", [False, True])
+def test_joint_training_takes_the_mean_for_what_a_prototype_says_of_its_own_patient(tiny_prep, tmp_path, monkeypatch,
+                                                                                    own_patient):
+    """In one batch of all training records, by what the network gives and what the loss is given."""
+    prep = tiny_prep(n=60)
+    prep = change_prep(tmp_path / "prep", patient_ids=prep.patient_ids // 10)  # many records of every patient
+    given, forward, loss = [], common.ProtoECGNet.forward, common.composite_loss
+
+    def watched(net, x):
+        logits, s = forward(net, x)
+        if net.training:
+            given.append((net.p_patient.clone(), s.detach(), copy.deepcopy(net.head)))
+        return logits, s
+
+    def watched_loss(logits, s, y, p, p_class, *rest):
+        given.append((logits.detach(), s.detach()))
+        return loss(logits, s, y, p, p_class, *rest)
+
+    monkeypatch.setattr(common.ProtoECGNet, "forward", watched)
+    monkeypatch.setattr(common, "composite_loss", watched_loss)
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--batch", 100, "--epochs", 1, "--augment", "no",
+                "--own-patient", "yes" if own_patient else "no")
+    (p_patient, s, head), (logits, s_loss) = given
+    of = torch.from_numpy(prep.patient_ids[prep.train])[:, None] == p_patient                       # [N, P]
+    changed = s_loss != s
+    if own_patient:
+        assert (p_patient == -1).all() and not changed.any()
+        return
+    assert (p_patient >= 100).all()
+    assert changed.sum(0).tolist() == of.sum(0).tolist()  # the batch is in another order
+    torch.testing.assert_close(s_loss[changed], s.mean(0).expand_as(s)[changed])
+    torch.testing.assert_close(logits, head(s_loss).detach())
+    last = torch.load(run / "rhythm" / "last.pt", weights_only=True)["model"]["p_patient"]
+    assert set(last.tolist()) <= set(prep.patient_ids[prep.train].tolist())
 
 
 @pytest.mark.parametrize("model", ["rhythm", "morphology", "global", "all-1d", "all-partial", "all-global"])

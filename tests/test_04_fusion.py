@@ -202,7 +202,7 @@ def scores_and_prep(N=60, P=8, seed=0):
 
 
 def test_standardise_uses_training_folds_and_forgets_own_records():
-    scores, prep, _, _ = scores_and_prep()
+    scores, prep, _, _ = scores_and_prep()  # whose patients have the numbers of their rows
     own = np.array([0, 3, 3, 60 - 4, 12, 20, 21, 30])
     assert (prep.folds[own] <= 8).all()
     X, X_val, X_later, mean, std = fusion.standardise(scores, prep, own)
@@ -234,12 +234,12 @@ def test_own_record_entries_do_not_matter():
 
 def test_standardise_forgets_other_records_of_a_prototypes_patient():
     scores, prep, _, _ = scores_and_prep()
-    own = np.array([0, 3, 3, 56, 12, 20, 21, 30])
+    own = np.array([0, 3, 3, 56, 12, 20, -1, 30])  # of the seventh prototype all matches count
     prep.patient_ids[[1, 2, 5]] = prep.patient_ids[[0, 3, 40]]  # rows 0 and 1 are of one patient, so are 3 and 2
     X = fusion.standardise(scores, prep, own)[0]
     rows = np.flatnonzero(prep.train).tolist()
     assert {(rows[i], p) for i, p in zip(*np.nonzero(X == 0))} == {
-        *((r, p) for p, r in enumerate(own.tolist())), (1, 0), (2, 1), (2, 2)}
+        *((r, p) for p, r in enumerate(own.tolist()) if r >= 0), (1, 0), (2, 1), (2, 2)}
 
 
 def test_constant_score_is_no_division_by_zero():
@@ -348,16 +348,22 @@ def test_a_classifier_that_is_not_solved_says_so(run_to_fusion, monkeypatch, cap
         assert "is not solved" in found["warnings"][0]
 
 
-def test_prototypes_of_records_that_the_arrays_lack(run_to_fusion, monkeypatch, tmp_path):
-    """--force goes past fingerprints, but a source that is not there has no score to leave out."""
-    prep, run = run_to_fusion("lacking")
-    path = run / "rhythm" / "prototypes.json"
-    found = json.loads(path.read_text())
-    found["prototypes"][0]["ecg_id"] = int(prep.ecg_ids.max()) + 1
-    path.write_text(json.dumps(found))
-    with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "04_fusion", "--prep", tmp_path / "prep-lacking", "--run", run, "--force")
-    assert str(path) in sentence(e) and "03_project.py" in sentence(e)
+@pytest.mark.parametrize("own_patient", [False, True])
+def test_whether_own_patients_count_is_a_setting(tiny_prep, tmp_path, monkeypatch, own_patient):
+    """The classifier does not change with what prototypes' own patients score, unless the setting says they count."""
+    prep, folders = tiny_prep(), ("--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu")
+    write_joint(tmp_path / "run", prep, own_patient=own_patient)
+    run_stage(monkeypatch, "03_project", *folders)
+    found = json.loads((tmp_path / "run/rhythm/prototypes.json").read_text())["prototypes"]
+    net, _ = common.load_model(tmp_path / "run/rhythm/projected.pt", "")
+    rows = [prep.row_of[q["ecg_id"]] for q in found]
+    assert net.p_patient.tolist() == ([-1] * len(rows) if own_patient else prep.patient_ids[rows].tolist())
+
+    seen, fit_path = [], fusion.fit_path
+    monkeypatch.setattr(fusion, "fit_path", lambda X, *a: (seen.append(X), fit_path(X, *a))[1])
+    run_stage(monkeypatch, "04_fusion", *folders)
+    at = [np.flatnonzero(prep.train).tolist().index(r) for r in rows], range(len(rows))
+    assert ((seen[0][at] == 0) != own_patient).all() and (seen[0] == 0).sum() == (0 if own_patient else len(rows))
 
 
 def test_whole_fusion_of_three_branches(run_to_fusion, capsys):

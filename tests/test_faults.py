@@ -59,20 +59,19 @@ for line in sys.stdin:
         os.write(say, b"x")
         code = 0
         try:
-            stages[order["stage"]].common.run(stages[order["stage"]].main)
-        except SystemExit as e:
+            try:
+                stages[order["stage"]].common.run(stages[order["stage"]].main)
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else 1
+                if isinstance(e.code, str):
+                    print(e.code, file=sys.stderr)
+            except Exception:
+                import traceback
+                traceback.print_exc()
+                code = 9
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            if isinstance(e.code, str):
-                print(e.code, file=sys.stderr)
-            code = e.code if isinstance(e.code, int) else 1
         except KeyboardInterrupt:
             pass  # before the stage began or after it had ended: within it common.run makes it one sentence
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 9
-        finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()
         os._exit(code)
     os.read(ready, 1)
