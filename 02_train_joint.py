@@ -161,11 +161,6 @@ def validate(name, model, x, y):
     return common.macro_auroc(y.cpu().numpy(), logits.cpu().numpy())
 
 
-def patients_of(ecg_ids, prep):
-    """The patient of each of `ecg_ids` [n]."""
-    return prep.patient_ids[[prep.row_of[e] for e in ecg_ids.tolist()]]
-
-
 @torch.no_grad()
 def refit_head(model, z, y, patients):
     """Solve the head for z [N, D, L], y [N, C], patients [N]: own-class weights by logistic regression, others zero.
@@ -176,7 +171,7 @@ def refit_head(model, z, y, patients):
     """
     s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(128)]).cpu().numpy()     # [N, P]
     mean, std = s.mean(0), s.std(0).clip(1e-6)
-    s = np.where(patients[:, None] == model.p_patient.cpu().numpy(), mean, s)
+    s = np.where((patients[:, None] == model.p_patient.cpu()).numpy(), mean, s)
     W, b = np.zeros((len(model.classes), s.shape[1])), np.zeros(len(model.classes))
     for c in range(len(model.classes)):
         own = (model.p_class == c).cpu().numpy()
@@ -273,7 +268,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
     model = start(name, args, cfg, prep, meta).to(device)
     if cfg.head == "refit" and not black_box and (args.round > 1 or not cfg.start.startswith("blackbox")):
         z, carries, ids = common.training_set(model, prep, device)
-        refit_head(model, z, carries, patients_of(ids, prep))
+        refit_head(model, z, carries, common.patients_of(ids, prep))
     ema = cfg.blackbox_ema if black_box else 0
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
     if cfg.head != "free" and not black_box:
@@ -374,7 +369,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
                 model.p.data.copy_(projected)
                 model.p_patient.copy_(common.own_patients(found, prep, cfg))
             if cfg.head == "refit":
-                refit_head(model, z, carries, patients_of(ids, prep))
+                refit_head(model, z, carries, common.patients_of(ids, prep))
         if not black_box and WORLD > 1:
             for theirs in (model.p, model.p_patient, model.head.weight, model.head.bias):
                 dist.broadcast(theirs.data, 0)
@@ -387,7 +382,7 @@ def train(name, args, cfg, prep, folder=None, report=None):
             if not black_box and RANK == 0:  # judged as projected, kept as it was before: Stage 2 proper is 03's
                 kept.p.data.copy_(p)
                 if cfg.head == "refit":
-                    refit_head(kept, z, carries, patients_of(ids, prep))
+                    refit_head(kept, z, carries, common.patients_of(ids, prep))
             best, best_state = auroc, kept.state_dict()
         log.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "val_auroc": auroc,
                     **{t: float(v) for t, v in zip(terms, seen.mean(0))}})
@@ -458,7 +453,8 @@ def start(name, args, cfg, prep, meta):
             sys.exit(f"{path} has other labels than the arrays in {args.prep}: train round 1 again")
         common.same_input(past, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
         old = common.config_of(past)
-        for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k", "per_class"):
+        for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k", "per_class",
+                  "own_patient"):
             if getattr(old, k) != getattr(cfg, k):
                 sys.exit(f"{path} was trained with another {k} ({getattr(old, k)}): give 02 the flags of round 1")
         meta.update(per_class=past["per_class"], latent_dim=past["latent_dim"], warnings=past.get("warnings", []))
@@ -535,7 +531,7 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
         model.p.data, found = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)
         model.p_patient.copy_(common.own_patients(found, prep, cfg))
     if cfg.head == "refit":
-        refit_head(model, z, carries, patients_of(ids, prep))
+        refit_head(model, z, carries, common.patients_of(ids, prep))
     return model
 
 

@@ -43,7 +43,7 @@ def main():
 
         z, carries, ids = common.training_set(model, prep, args.device)
         projected, found = common.project(z, carries, ids, model.p.data, model.p_class, unique, runners=3)  # Eq. (8)
-        model.p_patient = common.own_patients(found, prep, cfg)
+        model.p_patient.copy_(common.own_patients(found, prep, cfg))
 
         # What it costs on fold 9, with the head of Stage 1
         val = np.flatnonzero(prep.val)

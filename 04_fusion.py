@@ -2,9 +2,10 @@
 
 One forward pass per branch caches every record's similarity to every prototype. On the standardised scores of folds
 1-8 it then solves the convex problem of Eq. (10) to its optimum, for each branch on its own labels and for the fusion
-of all branches on all labels; the L1 strength is chosen on fold 9. Only off-class weights carry the L1 term.
+of all branches on all labels; the L1 strength is chosen on fold 9. Only off-class weights carry the L1 term. In the
+default recipe lambda depends on the label, and scores of a prototype's own patient are left out.
 
-reads   PREP/*.npy, RUN/MODEL/joint.pt and projected.pt (the highest round), RUN/blackbox-*/joint.pt
+reads   PREP/*.npy, RUN/MODEL/joint.pt, projected.pt and prototypes.json (the highest round), RUN/blackbox-*/joint.pt
 writes  RUN/MODEL/scores.npy   float32 [N, P], every record's similarities, in PREP's order
         RUN/MODEL/classifier.pt, RUN/fusion.pt, RUN/fusion-own.pt    W [C, P], b [C], mean [P], std [P]; what they
         are and how sparse stands in the .json beside each
@@ -50,12 +51,12 @@ def lambda_of(strength, Y, recipe):
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # systems this small: on a busy machine threads wait for each other
-def fit(X, Y, off, strength, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=200):
-    """Minimise Eq. (10), mean BCE + strength * |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b (if
+def fit(X, Y, off, lambda_, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=200):
+    """Minimise Eq. (10), mean BCE + lambda |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b (if
     there is none, W = 0 and b at the log odds of each class).
 
     X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another class's prototype,
-    all float64; strength is a number or [C] (inf forbids weights of other classes' prototypes). Every class is a convex
+    all float64; lambda_ is a number or [C] (inf forbids weights of other classes' prototypes). Every class is a convex
     problem of its own: Newton's method on a working set of own-class weights, non-zero weights and those that violate
     optimality most, each step a small quadratic problem with L1. Returns W [C, P], b [C] and the largest violation of
     the optimality conditions.
@@ -65,12 +66,12 @@ def fit(X, Y, off, strength, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=
         W, b = np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9))
     W, b, largest = W.copy(), b.copy(), np.full(len(W), np.inf)
     X_1 = np.column_stack([X, np.ones(len(X))])                                             # the bias comes last
-    todo, strength = np.arange(len(W)), np.broadcast_to(strength, len(W))
+    todo, lambda_ = np.arange(len(W)), np.broadcast_to(lambda_, len(W))
     for _ in range(rounds):
         W_c, off_c = W[todo], off[todo]
         error = expit(X @ W_c.T + b[todo]) - Y[:, todo]                                     # [N, classes to do]
         G = error.T @ X / len(X) + l2 * W_c                                                 # [., P] smooth gradient
-        l1 = np.where(off_c, strength[todo, None].clip(max=1e9), 0.0)                       # [., P]
+        l1 = np.where(off_c, lambda_[todo, None].clip(max=1e9), 0.0)                        # [., P]
         violation = np.where(W_c != 0, np.abs(G + l1 * np.sign(W_c)), np.maximum(np.abs(G) - l1, 0))
         largest[todo] = np.maximum(violation.max(1), np.abs(error.mean(0)))                 # weights and bias
         unsolved = largest[todo] > tolerance
@@ -81,7 +82,7 @@ def fit(X, Y, off, strength, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=
             entering = np.flatnonzero(off[c] & (W[c] == 0) & (v > 0))
             entering = entering[np.argsort(-v[entering])[:ENTERING]]
             work = np.union1d(np.flatnonzero(~off[c] | (W[c] != 0)), entering)
-            l1 = np.where(off[c, work], strength[c], 0.0)
+            l1 = np.where(off[c, work], lambda_[c], 0.0)
             W[c, work], b[c] = newton(X_1[:, [*work, -1]], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
     return W, b, float(largest.max())
 
@@ -270,8 +271,8 @@ def main():
         model, meta = common.load_model(path, maker, device)
         common.same_input(meta, "joint", joint, path, maker, args.force)
         common.same_input(meta, "prep", prep.path, path, maker, args.force)
-        record = common.load_json(path.with_name("prototypes.json"), maker, "projected", "prototypes")
-        if record["projected"] != common.file_hash(path):
+        found = common.load_json(path.with_name("prototypes.json"), maker, "projected")
+        if found["projected"] != common.file_hash(path):
             sys.exit(f"{path.with_name('prototypes.json')} does not fit {path}: "
                      f"{common.rerun(maker)} again")
         before = common.load_model(joint, common.command("02_train_joint.py", name, round_), device)[0]

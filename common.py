@@ -296,7 +296,7 @@ class ProtoECGNet(nn.Module):
             self.add_on = nn.Conv1d(channels, dim, 1)
         p_class = torch.repeat_interleave(torch.arange(len(classes)), torch.as_tensor(per_class))     # [P]
         self.register_buffer("p_class", p_class)
-        self.register_buffer("p_patient", torch.full_like(p_class, -1))  # whose match does not count; -1: all count
+        self.register_buffer("p_patient", torch.full_like(p_class, -1))  # see own_patients
         p = torch.rand(len(p_class), dim, WINDOW[kind])
         self.p = nn.Parameter(p if cfg.add_on == "sigmoid" else p - 0.5)              # among latents, signed or not
         self.head = nn.Linear(len(p_class), len(classes))
@@ -420,10 +420,15 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
     return projected, found
 
 
+def patients_of(ecg_ids, prep):
+    """The patient of each of `ecg_ids`: [n]."""
+    return torch.from_numpy(prep.patient_ids[[prep.row_of[int(e)] for e in ecg_ids]])
+
+
 def own_patients(found, prep, cfg):
-    """[P] the patients that the prototypes `found` by projection are of, -1 where a patient's own match counts."""
-    rows = [prep.row_of[places[0][0]] for places in found]
-    return torch.full((len(rows),), -1) if cfg.own_patient else torch.from_numpy(prep.patient_ids[rows])
+    """[P] for the prototypes `found` by projection the patient whose match with them does not count; -1: all count."""
+    patients = patients_of([places[0][0] for places in found], prep)
+    return torch.full_like(patients, -1) if cfg.own_patient else patients
 
 
 def training_set(model, prep, device):
@@ -808,7 +813,8 @@ def load_head(path, maker):
 
 def config_of(meta):
     """The Config that an artifact's provenance holds (JSON turns tuples into lists)."""
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()}
+    return replace(RECIPES[config["recipe"]], **config)  # a setting that is newer than the artifact: as in its recipe
 
 
 def build(meta, scaler=None):

@@ -158,4 +158,5 @@ def same_process():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    threadpool_limits(1, user_api="blas")
     torch.set_flush_denormal(False)

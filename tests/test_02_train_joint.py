@@ -73,10 +73,10 @@ def test_head_is_solved_without_what_a_prototype_says_of_its_own_patient(tiny_pr
     write_joint(tmp_path, prep)
     net, _ = common.load_model(tmp_path / "rhythm" / "joint.pt", "")
     z, y, ids = common.training_set(net, prep, torch.device("cpu"))
-    patients = stage("02_train_joint").patients_of(ids, prep)
+    patients = common.patients_of(ids, prep)
     assert patients.tolist() == [prep.patient_ids[prep.ecg_ids.tolist().index(e)] for e in ids]
     patients[20:40] = patients[:20]  # two records each
-    net.p_patient[1:] = torch.from_numpy(patients[[3, 7, 11]])  # of the first prototype all matches count
+    net.p_patient[1:] = patients[[3, 7, 11]]  # of the first prototype all matches count
     net.p.data[1:] = z[[3, 7, 11]]
 
     s = net.scores(z).detach().double().numpy()
@@ -101,15 +101,17 @@ def test_head_is_solved_without_what_a_prototype_says_of_its_own_patient(tiny_pr
 @pytest.mark.parametrize("own_patient", [False, True])
 def test_joint_training_takes_the_mean_for_what_a_prototype_says_of_its_own_patient(tiny_prep, tmp_path, monkeypatch,
                                                                                     own_patient):
-    """In one batch of all training records, by what the network gives and what the loss is given."""
+    """In one batch of all training records, by what the network gives and what the loss is given; then the prototypes
+    are of the patients that the epoch's projection found."""
     prep = tiny_prep(n=60)
-    prep = change_prep(tmp_path / "prep", patient_ids=prep.patient_ids // 10)  # many records of every patient
-    given, forward, loss = [], common.ProtoECGNet.forward, common.composite_loss
+    prep = change_prep(tmp_path / "prep", patient_ids=prep.patient_ids // 3)  # up to three records of each patient
+    given, found, forward, loss = [], [], common.ProtoECGNet.forward, common.composite_loss
+    own_patients = common.own_patients
 
     def watched(net, x):
         logits, s = forward(net, x)
         if net.training:
-            given.append((net.p_patient.clone(), s.detach(), copy.deepcopy(net.head)))
+            given.append((x, net.p_patient.clone(), s.detach(), copy.deepcopy(net.head)))
         return logits, s
 
     def watched_loss(logits, s, y, p, p_class, *rest):
@@ -118,20 +120,22 @@ def test_joint_training_takes_the_mean_for_what_a_prototype_says_of_its_own_pati
 
     monkeypatch.setattr(common.ProtoECGNet, "forward", watched)
     monkeypatch.setattr(common, "composite_loss", watched_loss)
+    monkeypatch.setattr(common, "own_patients", lambda *a: found.append(own_patients(*a)) or found[-1])
     run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--batch", 100, "--epochs", 1, "--augment", "no",
+                "--lr", 0.05,  # so that the sources move
                 "--own-patient", "yes" if own_patient else "no")
-    (p_patient, s, head), (logits, s_loss) = given
-    of = torch.from_numpy(prep.patient_ids[prep.train])[:, None] == p_patient                       # [N, P]
+    (x, p_patient, s, head), (logits, s_loss) = given
+    rows = [int((prep.signals == record).all((1, 2)).argmax()) for record in x.numpy()]             # of the batch
+    own = torch.from_numpy(prep.patient_ids[rows])[:, None] == p_patient                            # [B, P]
     changed = s_loss != s
     if own_patient:
         assert (p_patient == -1).all() and not changed.any()
         return
-    assert (p_patient >= 100).all()
-    assert changed.sum(0).tolist() == of.sum(0).tolist()  # the batch is in another order
+    assert (p_patient >= 0).all() and own.any(0).all() and torch.equal(changed, own)
     torch.testing.assert_close(s_loss[changed], s.mean(0).expand_as(s)[changed])
     torch.testing.assert_close(logits, head(s_loss).detach())
     last = torch.load(run / "rhythm" / "last.pt", weights_only=True)["model"]["p_patient"]
-    assert set(last.tolist()) <= set(prep.patient_ids[prep.train].tolist())
+    assert len(found) == 2 and torch.equal(last, found[1]) and not torch.equal(last, p_patient)
 
 
 @pytest.mark.parametrize("model", ["rhythm", "morphology", "global", "all-1d", "all-partial", "all-global"])
@@ -263,8 +267,11 @@ def test_second_round_starts_from_the_projected_prototypes(tiny_prep, tmp_path, 
     assert "rounds" not in capsys.readouterr().out
     train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--epochs", 0)
     projected, second = (weights(run / "rhythm" / f"{n}.pt") for n in ("projected", "joint_r2"))
-    assert torch.equal(projected["p"], second["p"])
+    assert torch.equal(projected["p"], second["p"]) and torch.equal(projected["p_patient"], second["p_patient"])
     assert not torch.equal(projected["head.weight"], second["head.weight"])  # W is that of the projected prototypes
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--own-patient", "yes", "--force")
+    assert "another own_patient (False)" in sentence(e)
     tiny_prep("fewer", codes=("SR", "NORM"))
     with pytest.raises(SystemExit) as e:
         train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--force", prep="fewer")
@@ -543,7 +550,7 @@ def test_tuning_is_blind_to_fold_10_resumes_and_its_result_can_be_trained(tiny_p
 
 
 def test_a_trial_is_judged_as_03_and_04_judge(tiny_prep, tmp_path, monkeypatch):
-    """The same scores of the projected prototypes, without a record's match with itself, go into the same solver."""
+    """The same scores of the projected prototypes, without a record's match with its patient's, go into the same solver."""
     prep, fusion, given = tiny_prep(n=80), stage("04_fusion"), []
     run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--prototypes", "random",
                 "--epochs", 0)

@@ -201,7 +201,7 @@ def scores_and_prep(N=60, P=8, seed=0):
     return scores.astype(np.float32), prep, y.astype(np.uint8), rng
 
 
-def test_standardise_uses_training_folds_and_forgets_own_records():
+def test_standardise_uses_training_folds_and_forgets_own_patients():
     scores, prep, _, _ = scores_and_prep()  # whose patients have the numbers of their rows
     own = np.array([0, 3, 3, 60 - 4, 12, 20, 21, 30])
     assert (prep.folds[own] <= 8).all()
@@ -220,8 +220,8 @@ def test_standardise_uses_training_folds_and_forgets_own_records():
     np.testing.assert_array_equal(X_val, X_later[prep.folds[prep.folds >= 9] == 9])
 
 
-def test_own_record_entries_do_not_matter():
-    """Whatever a record scores against the prototype taken from it, the classifier sees the mean there."""
+def test_own_patients_entries_do_not_matter():
+    """Whatever a patient's record scores against the prototype taken from it, the classifier sees the mean there."""
     scores, prep, y, rng = scores_and_prep()
     own = np.array([0, 3, 3, 56, 12, 20, 21, 30])
     X = fusion.standardise(scores, prep, own)[0]

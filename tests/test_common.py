@@ -62,6 +62,8 @@ def test_paper_recipe_has_the_authors_numbers():
 def test_config_survives_json(recipe):
     cfg = common.RECIPES[recipe]
     assert common.config_of(json.loads(json.dumps({"config": asdict(cfg)}))) == cfg
+    older = {k: v for k, v in asdict(cfg).items() if k != "own_patient"}  # a setting that it did not know yet
+    assert common.config_of({"config": older}) == cfg
 
 
 def test_labels_without_training_record_are_left_out(tiny_prep):
