@@ -426,8 +426,9 @@ def page(x, x_source, title, true, r, q, words):
                      f"({p['std']:.3f}){(p['similarity'] - p['mean']) / p['std']:+19.2f}{p['weight']:+11.3f}"
                      f"{p['contribution']:+17.3f}")
     own, other = r["others"]
+    more = "more of other labels' prototypes (the rest have no weight)"
     for name, amount in ((f"{own['number']:,} more of this label's prototypes", own["contribution"]),
-                         (f"{other['number']:,} more of other labels' prototypes (the rest have no weight)", other["contribution"]),
+                         (f"{other['number']:,} {more}", other["contribution"]),
                          ("bias: the logit of the average training record", r["bias"]),
                          (f"sum: the logit, that is probability {r['probability']:.3g}", r["logit"])):
         lines.append(f"  {name:166}{amount:+17.3f}")

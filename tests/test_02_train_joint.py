@@ -550,7 +550,7 @@ def test_tuning_is_blind_to_fold_10_resumes_and_its_result_can_be_trained(tiny_p
 
 
 def test_a_trial_is_judged_as_03_and_04_judge(tiny_prep, tmp_path, monkeypatch):
-    """The same scores of the projected prototypes, without a record's match with its patient's, go into the same solver."""
+    """The same scores of the projected prototypes, own patients' left out, go into the same solver."""
     prep, fusion, given = tiny_prep(n=80), stage("04_fusion"), []
     run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--prototypes", "random",
                 "--epochs", 0)

@@ -713,7 +713,8 @@ def test_the_course_table_takes_each_row_from_the_runs_that_it_names(monkeypatch
         e = {**measured(None, [name]), "models": {name: measured(None, ["rhythm"])["models"]["rhythm"]}}
         return {"recipe": recipe, "seed": cfg.seed, "width": cfg.width, "contrastive": True,
                 "config": json.loads(json.dumps(vars(cfg))),
-                "counts": {"test": test}, "trained": {}, "predictions": {name: value}, **({"efficiency": e} if efficient else {})}
+                "counts": {"test": test}, "trained": {}, "predictions": {name: value},
+                **({"efficiency": e} if efficient else {})}
 
     def rows(*runs):
         text = ev.course_table(runs)
