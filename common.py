@@ -248,12 +248,10 @@ def similarity(z, p, a=1.0):
 
     z [B, D, L], p [P, D, T], scale a -> S [B, P, L - T + 1], each a * cosine of the flattened D x T patches.
     """
-    z = z.to(p.dtype)                                                                # autocast may have halved it
-    unit_p = F.normalize(p.flatten(1), dim=1).view_as(p)                             # p / |p|
-    squares = z.square().sum(1, keepdim=True)                                        # [B, 1, L]
-    norm_z = (F.avg_pool1d(squares, p.shape[2], 1) * p.shape[2]).clamp_min(1e-12).sqrt()   # |z| of each window
+    windows = z.to(p.dtype).unfold(2, p.shape[2], 1).transpose(1, 2).flatten(2)      # [B, windows, D T]
+    unit_z, unit_p = F.normalize(windows, dim=2), F.normalize(p.flatten(1), dim=1)   # z / |z|, p / |p|
     with torch.autocast(z.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
-        return a * F.conv1d(z, unit_p) / norm_z                                      # Eq. (1)
+        return a * (unit_z @ unit_p.T).transpose(1, 2)                               # Eq. (1)
 
 
 def pool_over_time(h, how):
