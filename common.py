@@ -601,18 +601,28 @@ def _interrupt_later(unraisable):
 def run(main):
     """Call a stage's main(); turn Ctrl-C, a full disk and a folder that cannot be used into one sentence."""
     sys.unraisablehook = _interrupt_later
+    before, pressed = signal.getsignal(signal.SIGINT), []
+
+    def interrupt(*how):  # of which a library may make an error of its own: matplotlib, "Invalid bounding box"
+        pressed.append(True)
+        signal.default_int_handler(*how)
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: finished files are whole; run the same command again (02 continues with --resume)")
-    except OSError as e:
-        if e.errno in FULL:
+    except (KeyboardInterrupt, Exception) as e:
+        if pressed or isinstance(e, KeyboardInterrupt):
+            sys.exit("\ninterrupted: finished files are whole; run the same command again (02 continues with --resume)")
+        if isinstance(e, OSError) and e.errno in FULL:
             sys.exit(f"the disk is full ({e.filename or 'while writing'}): free some space and run the same command "
                      "again")
-        if e.errno in BARRED and e.filename:
+        if isinstance(e, OSError) and e.errno in BARRED and e.filename:
             sys.exit(f"{e.filename} cannot be used ({e.strerror}): put that right, or name another folder with --data, "
                      "--prep or --run")
         raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

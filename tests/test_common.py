@@ -761,6 +761,21 @@ def test_a_label_with_few_positives_in_fold_9_has_the_threshold_one_half():
     assert common.decision_thresholds(y, logits).tolist() == [pytest.approx(logits[9, 0]), 0, 0]
 
 
+def test_ctrl_c_that_a_library_turns_into_another_error():
+    def main():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("Invalid bounding box") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as e:
+        common.run(main)
+    assert e.value.code.startswith("\ninterrupted") and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(ZeroDivisionError):
+        common.run(lambda: 1 / 0)
+
+
 def test_ctrl_c_counts_where_python_cannot_raise():
     """In a finaliser or the hooks of a fork, Python prints "Exception ignored" with a traceback and goes on."""
     main = """
