@@ -38,12 +38,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.cluster import KMeans
-from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch.optim import lr_scheduler
 
 import common
 from common import BOXES, CHOICES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES
 
+stage_3 = importlib.import_module("04_fusion")  # whose solver of Eq. (10) Stage 1 needs too
 RANK, WORLD = [int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")] if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
 SCHEDULERS = {  # optimizer, learning rate, steps in all, steps of an epoch -> a torch scheduler, stepped every step
     "constant": lambda o, lr, steps, epoch: lr_scheduler.ConstantLR(o, 1.0),
@@ -163,26 +164,19 @@ def validate(name, model, x, y):
 
 @torch.no_grad()
 def refit_head(model, z, y, patients):
-    """Solve the head for z [N, D, L], y [N, C], patients [N]: own-class weights by logistic regression, others zero.
+    """Solve Eq. (10) with own-class weights alone for z [N, D, L], y [N, C], patients [N]; the head's other weights: 0.
 
     A head that follows SGD lags behind the prototypes; this one makes the fold-9 AUROC of an epoch tell how far the
-    evidence of a class's own prototypes goes, which Stage 3 then starts from. As there, a record's similarity to
-    prototypes of its own patient is taken as the mean.
+    evidence of a class's own prototypes goes. As in Stage 3, a record's similarity to prototypes of its own patient is
+    taken as the mean.
     """
-    s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(128)]).cpu().numpy()     # [N, P]
+    s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(128)]).double().cpu().numpy()  # [N, P]
     mean, std = s.mean(0), s.std(0).clip(1e-6)
-    s = np.where((patients[:, None] == model.p_patient.cpu()).numpy(), mean, s)
-    W, b = np.zeros((len(model.classes), s.shape[1])), np.zeros(len(model.classes))
-    for c in range(len(model.classes)):
-        own = (model.p_class == c).cpu().numpy()
-        if y[:, c].all():  # every training record has the label: nothing to solve
-            b[c] = 10
-            continue
-        solved = LogisticRegression(C=1e4 / len(y), max_iter=300).fit((s[:, own] - mean[own]) / std[own], y[:, c])
-        W[c, own] = solved.coef_[0] / std[own]
-        b[c] = solved.intercept_[0] - W[c] @ mean
-    model.head.weight.copy_(torch.from_numpy(W))
-    model.head.bias.copy_(torch.from_numpy(b))
+    X = np.where((patients[:, None] == model.p_patient.cpu()).numpy(), 0.0, (s - mean) / std)
+    off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]                         # [C, P]
+    W, b, _ = stage_3.fit(X, y.astype(np.float64), off, np.inf)
+    model.head.weight.copy_(torch.from_numpy(W / std))
+    model.head.bias.copy_(torch.from_numpy(b - W / std @ mean))
 
 
 def black_box_heads(model, prep, device, strengths):
@@ -452,8 +446,10 @@ def start(name, args, cfg, prep, meta):
         if past["classes"] != meta["classes"]:
             sys.exit(f"{path} has other labels than the arrays in {args.prep}: train round 1 again")
         common.same_input(past, "prep", prep.path, path, common.command("02_train_joint.py", name), args.force)
+        common.same_input(past, "joint", path.with_name(path.name.replace("projected", "joint")), path,
+                          common.command("03_project.py", name), args.force)
         old = common.config_of(past)
-        for k in ("recipe", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k", "per_class",
+        for k in ("recipe", "seed", "width", "dropout", "scale_input", "pool", "add_on", "a", "top_k", "per_class",
                   "own_patient"):
             if getattr(old, k) != getattr(cfg, k):
                 sys.exit(f"{path} was trained with another {k} ({getattr(old, k)}): give 02 the flags of round 1")
@@ -509,13 +505,13 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     u, carries, ids = common.training_set(model, prep, args.device)                   # [N, 71, L]
     flat = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                         # [N L, 71]
     centre = flat.mean(0)
-    variance, Q = torch.linalg.eigh(torch.cov(flat.T))
-    # Z = Cov^(-1/2), damped by the mean eigenvalue, becomes part of the add-on
-    Z = Q @ torch.diag((variance + variance.mean()).rsqrt()) @ Q.T                    # ZCA, damped
-    z = torch.einsum("ed,ndl->nel", Z.float(), u - centre.float()[:, None])           # [N, D, L]
-    Z, centre = Z.to(V), centre.to(V)
-    model.add_on.weight.data = (Z @ V)[:, :, None].clone()
-    model.add_on.bias.data = -(Z @ centre)
+    variance, Q = torch.linalg.eigh(torch.cov(flat.T).reshape(u.shape[1], -1))
+    # Cov^(-1/2), damped by the mean eigenvalue, becomes part of the add-on
+    whiten = Q @ torch.diag((variance + variance.mean()).rsqrt()) @ Q.T               # ZCA, damped
+    z = torch.einsum("ed,ndl->nel", whiten.float(), u - centre.float()[:, None])      # [N, D, L]
+    whiten, centre = whiten.to(V), centre.to(V)
+    model.add_on.weight.data = (whiten @ V)[:, :, None].clone()
+    model.add_on.bias.data = -(whiten @ centre)
 
     if cfg.prototypes == "data":
         T, p = common.WINDOW[kind], []
@@ -525,8 +521,9 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
             direction = unit.mean((0, 1))
             best = (unit @ direction).argmax(1)                                       # [n] the window of each record
             unit = unit[torch.arange(len(unit)), best].numpy()
-            p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_ if k <= len(unit)
-                     else np.resize(unit, (k, unit.shape[1])))                        # each again and again
+            with threadpool_limits(1, "openmp"):  # several threads add up in any order
+                p.append(KMeans(k, n_init=1, random_state=cfg.seed).fit(unit).cluster_centers_ if k <= len(unit)
+                         else np.resize(unit, (k, unit.shape[1])))                    # each again and again
         centres = torch.from_numpy(np.concatenate(p)).float().view(-1, z.shape[1], T)
         model.p.data, found = common.project(z, carries, ids, centres.to(model.p), model.p_class, cfg.unique)
         model.p_patient.copy_(common.own_patients(found, prep, cfg))
@@ -559,7 +556,6 @@ def suggest(trial, cfg, search, i):
 
 def after_stage_3(path, args, prep):
     """Fold-9 macro-AUROC of a joint.pt after projection (03) and sparse classifier (04); fold 10 is not computed."""
-    fusion = importlib.import_module("04_fusion")
     model, meta = common.load_model(path, "02_train_joint.py", args.device)
     z, carries, ids = common.training_set(model, prep, args.device)
     cfg = common.config_of(meta)
@@ -567,18 +563,17 @@ def after_stage_3(path, args, prep):
     rows = np.flatnonzero(prep.train | prep.val)
     scores = np.zeros((len(prep.folds), len(model.p)), np.float32)
     scores[rows] = common.batched(lambda x: model.scores(model.latent(x)), prep, rows, args.device)
-    X, X_val, *_ = fusion.standardise(scores, prep, common.own_patients(found, prep, cfg).numpy())
+    X, X_val, *_ = stage_3.standardise(scores, prep, common.own_patients(found, prep, cfg).numpy())
     Y, y_val = (prep.labels[m][:, common.columns(model.classes)].astype(np.float64) for m in (prep.train, prep.val))
     off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]                         # [C, P]
-    W, b, *_ = fusion.fit_path(X, Y, off, X_val, y_val, meta["model"], cfg.recipe)                      # Eq. (10)
+    W, b, *_ = stage_3.fit_path(X, Y, off, X_val, y_val, meta["model"], cfg.recipe)                      # Eq. (10)
     return common.macro_auroc(y_val, X_val @ W.T + b)
 
 
 def tune(name, args, cfg, prep):
     """Search settings for one model until the study holds --tune finished trials; writes RUN/MODEL/tuned.json.
 
-    A trial is seeded by --seed and its number: workers on one study differ, and what a single worker finds does not
-    depend on interruptions.
+    A trial is seeded by --seed and its number, so that the workers on one study differ.
     """
     try:
         import optuna
@@ -703,7 +698,9 @@ def main():
     if args.no_contrastive:
         cfg = common.without_contrastive(cfg)
     if args.config:
-        cfg = read_config(args.config, cfg)
+        width, cfg = cfg.width, read_config(args.config, cfg)
+        if args.small or args.demo:  # flags count for more
+            cfg = dataclasses.replace(cfg, width=width)
     flags = {k: v for k, v in vars(args).items() if k in vars(cfg) and v is not None}
     cfg = common.config_of({"config": {**vars(cfg), **flags}})
     if args.no_contrastive:  # a file and flags may set the other lambdas, but not this one
@@ -713,6 +710,8 @@ def main():
     if max(cfg.dropout, cfg.blackbox_ema) >= 1:
         p.error("--dropout and --blackbox-ema must be below 1")
     if not cfg.start.startswith("blackbox"):  # has no latents yet to take real windows from
+        if args.prototypes == "data":
+            p.error("--prototypes data needs a start from a black box: no other backbone has latents to take them from")
         cfg = dataclasses.replace(cfg, prototypes="random")
     elif cfg.add_on == "sigmoid":
         p.error("--add-on sigmoid needs --start random or imagenet: a start from a black box is a linear add-on's")

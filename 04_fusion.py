@@ -62,8 +62,8 @@ def fit(X, Y, off, lambda_, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=2
     the optimality conditions.
     """
     if W is None:
-        prior = Y.mean(0)
-        W, b = np.zeros(off.shape), np.log(prior / np.maximum(1 - prior, 1e-9))
+        prior = Y.mean(0).clip(1e-9, 1 - 1e-9)
+        W, b = np.zeros(off.shape), np.log(prior / (1 - prior))
     W, b, largest = W.copy(), b.copy(), np.full(len(W), np.inf)
     X_1 = np.column_stack([X, np.ones(len(X))])                                             # the bias comes last
     todo, lambda_ = np.arange(len(W)), np.broadcast_to(lambda_, len(W))
@@ -305,6 +305,8 @@ def main():
     # Fusion: the branches' scores side by side, Eq. (9)
     if all(b in cached for b in BRANCHES):
         scores, scores_before, p_patient, p_code, codes, inputs, made = zip(*(cached[b] for b in BRANCHES))
+        if len({part["recipe"] for part in made}) > 1:
+            sys.exit(f"{args.run} holds branches of both recipes: train them all with one, in a folder of its own")
         classes, inputs = [c for c in CODES if c in sum(codes, [])], {k: v for part in inputs for k, v in part.items()}
         fused = {**made[0], "config": {b: part["config"] for b, part in zip(BRANCHES, made)}, "model": "fusion",
                  "inputs": inputs, "warnings": sum((part["warnings"] for part in made), []),

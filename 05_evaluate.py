@@ -35,7 +35,8 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,10 +137,15 @@ def rounded(v):
 
 def macro(aurocs, codes):
     """Macro mean over `codes` of AUROCs (or a difference of two) [1 + draws, 71], as it stands in metrics.json:
-    [value, lower and upper end of the 95 % interval, classes in the mean, codes]."""
-    value, *draws = np.nanmean(aurocs[:, columns(codes)], 1)
-    over = int(np.isfinite(aurocs[0, columns(codes)]).sum())
-    return [rounded(value), *map(rounded, np.nanpercentile(draws, [2.5, 97.5])), over, len(codes)]
+    [value, lower and upper end of the 95 % interval, classes in the mean, codes].
+
+    A draw seldom has every rare class, and the mean of those that it has is another quantity. So a draw says how far
+    its classes move from their values on the test set, on average; the interval is the value plus these moves.
+    """
+    each = aurocs[:, columns(codes)]
+    value, moves = np.nanmean(each[0]), np.nanmean(each[1:] - each[0], 1)
+    ends = (value + np.nanpercentile(moves, [2.5, 97.5])).clip(-1, 1)
+    return [rounded(value), *map(rounded, ends), int(np.isfinite(each[0]).sum()), len(codes)]
 
 
 def per_batch_auroc(y, score, batch=BATCH):
@@ -168,8 +174,8 @@ def load_run(run, prep, force):
     joint = {}
     for name in [n for n in models if n in MODELS]:
         maker = common.command("02_train_joint.py", name)
-        newest = common.newest(run / name, "joint", maker)[1]
-        joint[name] = load_json(newest.with_suffix(".json"), maker, "config", "device", "seconds")
+        round_, newest = common.newest(run / name, "joint", maker)
+        joint[name] = {**load_json(newest.with_suffix(".json"), maker, "config", "device", "seconds"), "round": round_}
         joint[name]["seconds"] = sum(load_json(f.with_suffix(".json"), maker, "seconds")["seconds"]  # of all rounds
                                      for f in newest.parent.glob("joint*.pt"))
         if name not in BOXES:
@@ -188,11 +194,17 @@ def load_run(run, prep, force):
             sys.exit(f"{path} lacks a number for some record of folds 9 and 10 or some label of the model: {again}")
         model["fold 9"], model["fold 10"] = logits[~on_test], logits[on_test]
     first, *rest = [n for n in joint if n not in BOXES] or joint
-    stale += [f"{n} has other settings than {first}" for n in rest if joint[n]["config"] != joint[first]["config"]]
+    stale += [f"{run.name}: {n} has other settings than {first}" for n in rest
+              if joint[n]["config"] != joint[first]["config"]]
     stale += sorted({w for m in models.values() for w in m.get("warnings", [])} - {*stale})  # forced in 02-04
     for warning in stale:
         print(f"WARNING: {warning}", file=sys.stderr)
     return models, joint, stale
+
+
+def config_in(m, name):
+    """The Config of one model of metrics `m`; "trained" holds those that are not the run's."""
+    return common.config_of({"config": m["trained"].get(name, {}).get("config") or m["config"]})
 
 
 def another_run(run, prep, force):
@@ -330,12 +342,12 @@ def stability(seen, head, variants, kind):
     out = {f"top class, {v}": (top[v] == top[""]).mean() for v in X if v}
     if kind == "partial":
         best = {v: windows[n, j, 0].astype(float) for v, (_, windows) in seen.items()}
-        out |= {f"window, {v}": (np.abs(best[v] - best[""] - shift / 32) <= 1).mean()
+        out |= {f"window, {v}": (np.abs(best[v] - best[""] - round(shift / 32)) <= 1).mean()
                 for v, (_, shift) in variants.items() if v}
     return out
 
 
-def interpretability(run, prep, models, device, seed):
+def interpretability(run, prep, models, device, seed, force):
     """{model: {metric: value}} of every prototype model and the fusion in `models`, on fold 10: all of it, or for what
     needs new forward passes 1,000 of its records. Measured once, kept in RUN/interpretability.json."""
     names = [n for n in models if n in MODELS and n not in BOXES]
@@ -360,7 +372,8 @@ def interpretability(run, prep, models, device, seed):
     for name in tqdm(names, desc="interpretability", leave=False, disable=None):
         (source, *_), maker = models[name]["inputs"], common.command("04_fusion.py", name)
         network = common.load_model(run / source, maker, device)[0]
-        head = common.load_head(run / name / "classifier.pt", maker)[1]
+        meta, head = common.load_head(run / name / "classifier.pt", maker)
+        common.same_input(meta, "projected", run / source, run / name / "classifier.pt", maker, force)
         places = load_json(run / name / "prototypes.json", common.command("03_project.py", name), "distinct",
                            "prototypes")
         scores = common.load_npy(run / name / "scores.npy", maker)
@@ -381,7 +394,9 @@ def interpretability(run, prep, models, device, seed):
         if network.kind == "partial":
             found[name] |= faithfulness(network, head, x, X[1], seen[""][1], head["thresholds"], rng, device)
     if "fusion" in models:
-        head = common.load_head(run / "fusion.pt", "04_fusion.py")[1]
+        meta, head = common.load_head(run / "fusion.pt", "04_fusion.py")
+        for source in models["fusion"]["inputs"]:
+            common.same_input(meta, source, run / source, run / "fusion.pt", "04_fusion.py", force)
         own = columns(models["fusion"]["classes"])
         seen = {v: (np.concatenate([seen_by[b][v][0] for b in BRANCHES], 1), None) for v in variants}
         thresholds = decision_thresholds(prep.labels[prep.val][:, own], models["fusion"]["fold 9"][:, own])
@@ -468,7 +483,11 @@ def efficiency(args, models):
         for name in tqdm([n for n in names if n not in known], desc="efficiency", leave=False, disable=None):
             paths = [args.run / k for k in models[name]["inputs"]]
             row = fresh.submit(measure, paths, len(models[name]["classes"]), str(args.device), machine["threads"])
-            known[name] = {**row.result(), "inputs": models[name]["inputs"]}
+            try:
+                known[name] = {**row.result(), "inputs": models[name]["inputs"]}
+            except BrokenProcessPool:
+                sys.exit(f"the process that measured {name} was killed, perhaps for want of memory: "
+                         f"{common.rerun('05_evaluate.py')} again")
             if stop:
                 break
     signal.signal(signal.SIGINT, handler)
@@ -554,7 +573,7 @@ def answer(question, v):
         return "–"
     if v[1] <= 0 <= v[2]:
         return "no difference shown"
-    return "no" if v[0] < 0 else "yes, better" if "as good" in question.lower() else "yes"
+    return "no" if v[2] < 0 else "yes, better" if "as good" in question.lower() else "yes"
 
 
 def efficiency_cells(row):
@@ -607,7 +626,7 @@ def report(m):
            f"\\* per batch of {BATCH}, as the authors log it; not comparable: the mean over batches of the AUROC "
            "over the classes that happen to occur in the batch, which is seldom a rare one.",
            "## The paper's Tables 1 and 2", paper_table(ours)]
-    if "macro" in predictions:
+    if "macro" in predictions and predictions["macro"]["auroc"][3]:
         each, value = [predictions[b]["auroc"] for b in BRANCHES], predictions["macro"]["auroc"][0]
         n = sum(v[3] for v in each)
         total = sum(v[0] * v[3] for v in each if v[3]) / n
@@ -753,13 +772,14 @@ def readme():
     """Write the tables of tests/results/*.json between README.md's markers, pooling runs that differ in seed."""
     keys = "recipe seed width contrastive config counts predictions differences cost trained hardware".split()
     runs = [load_json(f, "05_evaluate.py --save NAME", *keys)
-            for f in sorted((HERE / "tests" / "results").glob("*.json"))]
+            for f in sorted((HERE / "tests" / "results").glob("*.json"), key=lambda f: f.stat().st_mtime)]
     path = HERE / "README.md"
     if not runs:
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
     same = {}  # runs that differ in nothing but seed and contrastive loss; of a recipe, the fewest changes come first
-    for r in sorted(runs, key=lambda r: (r["recipe"], -r["width"], r["counts"]["test"], len(changed(r)), changed(r),
-                                         not r["contrastive"], r["seed"])):
+    runs.sort(key=lambda r: (r["recipe"], -r["width"], r["counts"]["test"], len(changed(r)), changed(r),
+                             not r["contrastive"], r["seed"]))
+    for r in runs:  # of two with the same settings and seed, the newer file counts
         what = f"{r['recipe']} recipe, width {r['width']}"
         what += f", {r['counts']['test']:,} test records" * (r["counts"]["test"] != 2198)
         same.setdefault((what, ", ".join(changed(r))), []).append(r)
@@ -775,10 +795,11 @@ def readme():
                 rows[f"{what}: as it is{loss}, seed {those[0]['seed']}"] = those[:1]
             ablations += [[setting, *(pooled(each, n, None, key) for n in names for key in ("fold 9", "auroc"))]
                           for setting, each in rows.items()]
-            found = max((r.get("interpretability", {}).get("", {}) for r in those), key=len)
-            if main and (shown := [m for m in (*BRANCHES, "fusion") if m in found]):  # of the first seed with most
+            found, seed = max(((r.get("interpretability", {}).get("", {}), r["seed"]) for r in those),
+                              key=lambda pair: len(pair[0]))  # of the first seed with most
+            if main and (shown := [m for m in (*BRANCHES, "fusion") if m in found]):
                 only = f", {' / '.join(shown)} only" * (len(shown) < 4)
-                measured[what + " (changed)" * bool(changes) + loss + only] = [found[m] for m in shown]
+                measured[f"{what}{' (changed)' * bool(changes)}{loss}, seed {seed}{only}"] = [found[m] for m in shown]
         if main:
             recipes.update({what: some} if not changes else {})
             tables += tables_of(what + f" ({changes})" * bool(changes), some)
@@ -829,8 +850,9 @@ def ratings_table(files):
         row = [reviewer]
         for criterion in ("representativeness", "clarity"):
             v = np.array([*score(reviewer, criterion).values()], float)
-            half = 1.96 * v.std(ddof=1) / len(v) ** 0.5
-            row.append(f"{v.mean():.2f} [{v.mean() - half:.2f}, {v.mean() + half:.2f}] of {len(v)}" if len(v) else "–")
+            half = 1.96 * v.std(ddof=1) / len(v) ** 0.5                                     # NaN of a single rating
+            interval = f" [{v.mean() - half:.2f}, {v.mean() + half:.2f}]" * (len(v) > 1)
+            row.append(f"{v.mean():.2f}{interval} of {len(v)}" if len(v) else "–")
         rows.append(row)
     rows += [["paper: cardiologist", "4.29 [4.22, 4.35]", "4.48 [4.42, 4.54]"],
              ["paper: internist", "3.59 [3.52, 3.66]", "4.73 [4.69, 4.77]"]]
@@ -844,7 +866,7 @@ def ratings_table(files):
             row.append(f"{kappa:.2f} of {len(both)}" if np.isfinite(kappa) else "–")
         rows.append(row)
     print(table(["1-5, mean [95 %]", "representativeness", "clarity"], rows))
-    print(f"{len(wrong)} prototypes left out, which a reviewer marked as label errors")
+    print(f"left out, marked as label errors by a reviewer: {len(wrong)} prototype{'s' * (len(wrong) != 1)}")
 
 
 # Figures, in colours of Okabe and Ito that the colour-blind can tell apart
@@ -909,7 +931,7 @@ def image(path, text):
 
 
 def summary_text(m):
-    """The run in a few sentences: every prediction that the paper has a number for, and what is known of the first."""
+    """The run in a few sentences: every model with prototypes, and what is known of the first prediction."""
     first, out = next(iter(m["predictions"])), []
     for setting, name, off, on, *_ in PAPER:
         if name in m["predictions"]:
@@ -940,10 +962,11 @@ def approach_text(m, info):
         ("Weighted random sampling", "by the inverse frequency of a record's labels" if cfg["sampler"] == "weighted"
          else "no (`--sampler weighted`)"),
         ("Backbone", f"ResNet18 with {cfg['width']} channels in its first stage" + "".join(
-            f"; {n} starts from {common.start_of(n, common.config_of(m))}" for n in trained if n not in BOXES)),
+            f"; {n} starts from {common.start_of(n, config_in(m, n))}" for n in trained if n not in BOXES)),
         ("Five loss terms, Eq. (2)", f"binary cross-entropy + {loss}"),
-        ("Stage 1, joint training", "; ".join(f"{n}: {t['epochs']} epochs, best {t['best_epoch']}" for n, t in
-                                              trained.items() if t.get("epochs"))),
+        ("Stage 1, joint training", "; ".join(
+            f"{n}: {t['epochs']} epochs, best {t['best_epoch']}" + f" (round {t['round']})" * (t["round"] > 1)
+            for n, t in trained.items() if t.get("epochs"))),
         *(("Stage 2, projection", f"{r['name']}: {r['prototypes']} prototypes became {r['distinct']} different patches "
            f"of training ECGs, at a mean cosine distance of {r['gap']:.3f}") for r in m["cost"] if r["name"] in MODELS),
         *(("Stage 3, classifier", f"{r['name']}: {r['nonzero']} of {r['weights']} weights are not 0")
@@ -1000,7 +1023,7 @@ def reproduce_text(args, m, info):
         return common.command_line("02_train_joint.py") + flags
 
     apart = {n: t["config"] for n, t in m["trained"].items() if t.get("config")}  # with settings of their own
-    starts = {common.start_of(n, cfg) for n in m["trained"] if n not in BOXES}
+    starts = {common.start_of(n, config_in(m, n)) for n in m["trained"] if n not in BOXES}
     names, models = [n for n in m["trained"] if n not in {*starts, *apart}], ""
     if sorted(names) != sorted(["rhythm"] if args.small else BRANCHES):
         models = f" --model {' '.join(names)}"
@@ -1058,7 +1081,8 @@ def cases_html(args, render, prep, info):
                     text = f"{found['title']} (left) and prototype {q['model']} {q['index']} (right), for {r['label']}"
                     pages.append(image(path.with_suffix("") / Path(q["page"]).name, text))
             true = "not known" if found["true_labels"] is None else ", ".join(found["true_labels"]) or "none"
-            text = f"### {plain(found['title'])}\n\nTrue labels: {plain(true)}.\n\n" + table(
+            stale = "".join(f"**WARNING**: {plain(w)}\n\n" for w in found.get("warnings", []))
+            text = f"### {plain(found['title'])}\n\n{stale}True labels: {plain(true)}.\n\n" + table(
                 ["label", "probability, threshold", "prototype", "of class", "source ECG", "its labels", "similarity",
                  "contribution"], rows)
         except (AttributeError, KeyError, OSError, TypeError, ValueError):
@@ -1147,9 +1171,9 @@ def main():
     prep = common.load_prep(args.prep)
     models, joint, stale = load_run(args.run, prep, args.force)
     if args.ensemble:
-        boxes = {args.run: models}
+        boxes = {args.run.resolve(): models}
         for other in args.ensemble:
-            boxes[other], _, more = another_run(other, prep, args.force)
+            boxes[other.resolve()], _, more = another_run(other, prep, args.force)
             stale += more
         if lacking := [r for r, m in boxes.items() if "blackbox-1d" not in m]:
             sys.exit(f"{lacking[0]} has no predictions of blackbox-1d: run `python 04_fusion.py --run {lacking[0]}`")
@@ -1159,7 +1183,7 @@ def main():
         sys.exit(f"{args.run} has no predictions of {name}: {common.rerun(common.command('04_fusion.py', name))} first")
     if args.model:
         joint = {n: joint[n] for n in joint if n in args.model}
-        wanted = {name + step for name in args.model for step in ("", *STEPS)}
+        wanted = {name + step for name in args.model for step in ("", *STEPS)} | {"blackbox-ensemble"}
         models = {n: m for n, m in models.items() if n in wanted}
     final, pairs, against = [n for n in models if not n.endswith(STEPS)], dict(PAIRS), {}
     own, setting = list(final), next(iter(joint.values()))["config"]  # a prototype model's if there is one
@@ -1168,11 +1192,14 @@ def main():
         run_2, stale = args.against.name, stale + more
         models.update({f"{n} of {run_2}": theirs[n] for n in own if n in theirs})
         final += [f"{n} of {run_2}" for n in own if n in theirs]
-        other = next(iter(joint_2.values()))["config"]
-        contrastive = other["lambda_cntrst"] != 0
+        contrastive = next(iter(joint_2.values()))["config"]["lambda_cntrst"] != 0
         question = f"Against {run_2}"
-        if contrastive != (setting["lambda_cntrst"] != 0) and all(
-                k.startswith("lambda") or setting[k] == v for k, v in other.items()):  # they differ in nothing else
+        loss, without = (joint_2, joint) if contrastive else (joint, joint_2)
+        both = [(common.config_of(loss[n]), common.config_of(without[n]))
+                for n in joint if n in joint_2 and n not in BOXES]
+        # do they differ in the contrastive loss, and in nothing that does not go with it?
+        if both and all(a.lambda_cntrst and b in (common.without_contrastive(a), replace(a, lambda_cntrst=0.0))
+                        for a, b in both):
             against[run_2] = contrastive
             question = question if contrastive else "Does the contrastive loss help? (4.2)"
         pairs[question] = [(n, f"{n} of {run_2}") for n in own]
@@ -1207,9 +1234,9 @@ def main():
         per_class[name] = {c: [*macro(aurocs[name], [c])[:3], *map(rounded, (auprc[i], f1[i], thresholds[i]))]
                            for i, c in enumerate(CODES) if c in models[name]["classes"]}
 
-    read_out = {"": interpretability(args.run, prep, {n: models[n] for n in own}, args.device, args.seed)}
+    read_out = {"": interpretability(args.run, prep, {n: models[n] for n in own}, args.device, args.seed, args.force)}
     if args.against:
-        found = interpretability(args.against, prep, theirs, args.device, args.seed)
+        found = interpretability(args.against, prep, theirs, args.device, args.seed, args.force)
         read_out[f" of {run_2}"] = {n: found[n] for n in found if n in own}
     differences = {question: {f"{a} - {b}": macro(aurocs[a] - aurocs[b], CODES) for a, b in some if {a, b} <= {*aurocs}}
                    for question, some in pairs.items()}
@@ -1218,18 +1245,19 @@ def main():
         "contrastive": setting["lambda_cntrst"] != 0, "config": setting, "warnings": stale,
         "hardware": common.hardware(args.device),
         "versions": common.provenance(common.Config(), "05_evaluate.py")["versions"],
-        "trained": {n: {**{k: j.get(k) for k in ("device", "hardware", "threads", "seconds", "epochs", "best_epoch")},
+        "trained": {n: {**{k: j.get(k) for k in ("device", "hardware", "threads", "seconds", "epochs", "best_epoch",
+                                                      "round")},
                         **({"config": j["config"]} if j["config"] != setting else {})}
                     for n, j in joint.items()},
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(prep.patient_ids[prep.test])),
                    "test_positives": positives},
         "left_out": prep.info["without_training_record"],
         "rule": f"Intervals: 95 % percentiles of {DRAWS:,} bootstrap draws by patient (seed {args.seed}), the same for "
-                "all; a class without a positive or a negative in a draw is left out of that draw's mean.",
+                "all; a draw moves a macro mean by what it moves the classes that it has, on average.",
         "predictions": predictions, "differences": {q: rows for q, rows in differences.items() if rows},
         "against": against, "interpretability": read_out,
         "efficiency": efficiency(args, {n: models[n] for n in own}),
-        "cost": [cost_of(n, common.config_of({"config": setting}), args.run, models[n], aurocs)
+        "cost": [cost_of(n, common.config_of(joint.get(n, {"config": setting})), args.run, models[n], aurocs)
                  for n in own if "nonzero" in models[n]],
         # which prediction stands for a group of labels in figures and the table of classes: the first that has it
         "shown": {g: n for n in reversed(final) for g in BRANCHES if set(GROUPS[g]) & set(models[n]["classes"])},
@@ -1238,8 +1266,12 @@ def main():
     if args.save:
         small = {k: v for k, v in metrics.items() if k != "per_class"}
         common.save_json(HERE / "tests" / "results" / f"{args.save}.json", small)
-    with common.replacing(args.run / "results.md") as t:
-        t.write_text(report(metrics), encoding="utf-8")
+    text, results, page = report(metrics), args.run / "results.md", args.run / "report.html"
+    if page.is_file() and not args.report and text.encode() != (results.read_bytes() if results.is_file() else b""):
+        page.unlink()
+        print(f"removed {page}, which showed older results; --report writes it anew")
+    with common.replacing(results) as t:
+        t.write_text(text, encoding="utf-8")
     for name, figure in (("per_class_auroc", plot_classes(metrics)), ("roc", plot_roc(metrics, y, models))):
         with common.replacing(args.run / "figures" / f"{name}.png") as t:
             figure.savefig(t, format="png", dpi=130)

@@ -370,8 +370,8 @@ def explain(x, classifiers, top):
     """What the classifiers say of x [12, 1000] mV and why: a result for every label, the most probable first.
 
     A result holds the logit, its bias, the `top` prototypes by contribution w * (s - mean) / std, each with the windows
-    of x that match it, best first, and in `others` number and sum of the rest that has a weight: first of the label's
-    own prototypes, then of other labels'.
+    of x that match it, best first, and in `others` number and sum of the rest: first of the label's own prototypes,
+    then of other labels'. Prototypes without a weight are in neither.
     """
     results = []
     for head in classifiers:
@@ -388,7 +388,8 @@ def explain(x, classifiers, top):
         for c, code in enumerate(head.classes):
             p, threshold = 1 / (1 + np.exp(-np.array([logits[c], head.thresholds[c]])))
             terms = head.W[c] * (s - head.mean) / head.std                                        # [P]
-            shown = np.argsort(-terms, kind="stable")[:top]
+            order = np.argsort(-terms, kind="stable")
+            shown = order[head.W[c][order] != 0][:top]
             own = np.array([q["class"] == code for q in head.prototypes])
             left = (head.W[c] != 0) & ~np.isin(np.arange(len(terms)), shown)
             results.append({
@@ -402,7 +403,7 @@ def explain(x, classifiers, top):
 
 
 def page(x, x_source, title, true, r, q, words):
-    """One page of a case: ECG x (`title`, `true` labels in words) beside prototype q, which speaks for r["label"]."""
+    """One page of a case: ECG x (`title`, `true` labels in words) beside prototype q, which has a say in r["label"]."""
     places = [m["samples"] for m in q["matched"][:5]]
     below = cutouts([(x, places[0]), (x_source, q["samples"])]) if q["kind"] == "partial" else []
     below = [strips([("this ECG", x), ("prototype", x_source)])] if q["kind"] == "1d" else below

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -369,7 +370,8 @@ def test_bootstrap_draws_whole_patients_and_depends_on_the_seed_only():
 
 
 def test_intervals_equal_resampling_the_records_themselves(made):
-    """The weights give the same as drawing patients, taking their records and calling scikit-learn."""
+    """The weights give the same as drawing patients, taking their records and calling scikit-learn; each draw compares
+    its classes with the same classes of the whole test set."""
     prep, run, metrics = made
     on_test = prep.test[prep.val | prep.test]
     y, score = prep.labels[prep.test], np.load(run / "logits_rhythm.npy")[on_test]
@@ -379,18 +381,24 @@ def test_intervals_equal_resampling_the_records_themselves(made):
         drawn = patients[rng.integers(len(patients), size=len(patients))]
         rows = np.concatenate([np.flatnonzero(of == p) for p in drawn])
         cols = [c for c in columns(metrics["per_class"]["rhythm"]) if 0 < y[rows, c].sum() < len(rows)]
-        draws.append(np.mean([roc_auc_score(y[rows, c], score[rows, c]) for c in cols]))
-    assert metrics["predictions"]["rhythm"]["auroc"][1:3] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=6e-6)
+        draws.append(np.mean([roc_auc_score(y[rows, c], score[rows, c]) - roc_auc_score(y[:, c], score[:, c])
+                              for c in cols]))
+    value, *ends = metrics["predictions"]["rhythm"]["auroc"][:3]
+    assert ends == pytest.approx(value + np.percentile(draws, [2.5, 97.5]), abs=2e-5)
 
 
 def test_empty_class_rule():
-    """A class absent from a draw leaves that draw's mean; a class absent from the test set leaves all of them."""
+    """A class absent from a draw moves that draw's mean by nothing of its own; in particular not because it is easier
+    or harder than the others. A class absent from the test set leaves all means."""
     aurocs = np.full((4, 71), np.nan)
     a, b, c = columns(GROUPS["global"])
-    aurocs[:, a], aurocs[:, b] = 0.6, [0.8, 0.8, np.nan, np.nan]
+    aurocs[:, a], aurocs[:, b] = [0.6, 0.5, 0.7, 0.6], [0.8, 0.6, np.nan, np.nan]
     value, low, high, over, of = ev.macro(aurocs, GROUPS["global"])
     assert (value, over, of) == (0.7, 2, 3)
-    assert (low, high) == pytest.approx(np.percentile([0.7, 0.6, 0.6], [2.5, 97.5]), abs=1e-5)
+    assert (low, high) == pytest.approx(np.percentile([0.55, 0.8, 0.7], [2.5, 97.5]), abs=1e-5)
+    aurocs[:, a] = [0.9, 0.95, 0.99, 0.99]
+    aurocs[:, b] = [0.99, 0.99, np.nan, np.nan]
+    assert ev.macro(aurocs, GROUPS["global"])[2] == 1                                       # no AUROC is above 1
     assert ev.macro(aurocs, ["AFIB"]) == [None, None, None, 0, 1]
 
 
@@ -402,7 +410,7 @@ def test_labels_without_test_positives_or_training_records_are_left_out_and_name
     assert f"Not modelled, without a training record: {NO_TRAIN}." in text
     assert f"without a test positive: {NO_TEST}." in text
     assert re.search(rf"fewer than 10 positives in fold 10; .*\b{ONE_TEST}\b", text)
-    assert "left out of that draw's mean" in text
+    assert "a draw moves a macro mean by what it moves the classes that it has" in text
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=30))
@@ -524,6 +532,12 @@ def test_against_another_run(monkeypatch, small, tmp_path):
     assert metrics["against"] == {} and "Against other" in metrics["differences"]
     row = next(line for line in (run / "results.md").read_text().splitlines() if line.startswith("| rhythm branch"))
     assert row.split("|")[3].strip() == "not run"
+    fewer = fake_run(tmp_path / "fewer", prep, ["rhythm"], contrastive=False, lambda_div=0.0)
+    assert evaluate(monkeypatch, run, prep, "--against", fewer)["against"] == {}
+    paper = [fake_run(tmp_path / f"paper{on}", prep, ["rhythm"], contrastive=on, **{
+        **vars(common.RECIPES["paper"]), "seed": 42, "width": 64}) for on in (True, False)]
+    metrics = evaluate(monkeypatch, paper[1], prep, "--against", paper[0], "--recipe", "paper")
+    assert metrics["against"] == {"paperTrue": True}  # other lambdas, those that go with it in the paper
     (other / "predictions.json").unlink()
     with pytest.raises(SystemExit) as error:  # the remedy is for the other run, not for this one
         evaluate(monkeypatch, run, prep, "--against", other)
@@ -547,6 +561,8 @@ def test_ensemble_is_the_mean_of_the_black_boxes_logits(monkeypatch, tmp_path, s
     assert metrics["blackbox-ensemble"]["auroc"][0] == pytest.approx(np.mean(each), abs=2e-5)
     assert metrics["blackbox-ensemble"]["auroc"][0] > metrics["blackbox-1d"]["auroc"][0]
     lacking = fake_run(tmp_path / "lacking", prep, ["rhythm"])
+    some = evaluate(monkeypatch, runs[0], prep, "--model", "blackbox-1d", "--ensemble", runs[0], *runs[1:])["predictions"]
+    assert some == metrics  # with --model, and of a run that is named twice
     with pytest.raises(SystemExit) as error:
         evaluate(monkeypatch, runs[0], prep, "--ensemble", lacking)
     assert f"run `python 04_fusion.py --run {lacking}`" in sentence(error)
@@ -557,7 +573,8 @@ def test_ensemble_is_the_mean_of_the_black_boxes_logits(monkeypatch, tmp_path, s
 
 @pytest.mark.parametrize("value, better, as_good", [
     ([.02, .01, .03], "yes", "yes, better"), ([-.02, -.03, -.01], "no", "no"),
-    ([.01, -.01, .03], "no difference shown", "no difference shown")])
+    ([.01, -.01, .03], "no difference shown", "no difference shown"),
+    ([-1e-5, 2e-5, 4e-4], "yes", "yes, better")])  # an interval of percentiles need not hold its value
 def test_answers_follow_the_interval(value, better, as_good):
     assert ev.answer("Do three branches beat one? (4.1)", value) == better
     assert ev.answer("As good as a black box? (4.3)", value) == as_good
@@ -650,9 +667,9 @@ def test_the_readme_keeps_interpretability_of_recipes_and_of_ablations_apart(mon
                   for start in ("|  ", "| dead"))
     n = f", {made[2]['counts']['test']} test records"
     assert dict(zip(head, dead)) == {  # of the first seed; an ablation's stand in its own file only
-        f"default recipe, width 64{n}": "22 / 22 / 22 / 22",
-        f"default recipe, width 64{n}, no contrastive": "55 / 55 / 55 / 55",
-        f"paper recipe, width 64{n} (changed), rhythm only": "66"}
+        f"default recipe, width 64{n}, seed 42": "22 / 22 / 22 / 22",
+        f"default recipe, width 64{n}, no contrastive, seed 42": "55 / 55 / 55 / 55",
+        f"paper recipe, width 64{n} (changed), seed 42, rhythm only": "66"}
     assert "<summary>paper recipe, width 64" in page.read_text()  # with changes, but there is none without
 
 
@@ -676,6 +693,12 @@ def test_a_branch_with_settings_of_its_own_is_named_with_them(monkeypatch, tmp_p
     rewrite(run / "blackbox-1d" / "joint.json", lambda v: v.update(hardware="another machine"))
     shutil.copy(run / "rhythm" / "joint.pt", run / "rhythm" / "joint_r2.pt")
     shutil.copy(run / "rhythm" / "joint.json", run / "rhythm" / "joint_r2.json")
+    rewrite(run / "global" / "joint.json", lambda v: v["config"].update(start="blackbox-global"))
+    metrics = evaluate(monkeypatch, run, prep)
+    assert metrics["trained"]["rhythm"]["round"] == 2
+    assert "global starts from blackbox-global" in " ".join(ev.approach_text(
+        {**metrics, "cost": []}, {"filter": ""}).split())
+    rewrite(run / "global" / "joint.json", lambda v: v["config"].update(start="blackbox-1d"))
     metrics = evaluate(monkeypatch, run, prep)
     assert ev.changed(metrics) == ("lr 0.5 (global)",)  # the black box is not what the row is about
     assert {n: t["seconds"] for n, t in metrics["trained"].items()} == {"rhythm": 24.6, "global": 12.3,
@@ -803,8 +826,8 @@ def test_models_of_different_settings_in_one_run_are_pointed_out(monkeypatch, tm
     run = fake_run(tmp_path / "mixed", prep, ["rhythm", "global", "blackbox-1d"])
     rewrite(run / "global" / "joint.json", lambda v: v["config"].update(lambda_cntrst=0.0))
     rewrite(run / "blackbox-1d" / "joint.json", lambda v: v["config"].update(lambda_cntrst=0.0))  # has no such loss
-    assert evaluate(monkeypatch, run, prep)["warnings"] == ["global has other settings than rhythm"]
-    assert "global has other settings than rhythm" in (run / "results.md").read_text() and capsys.readouterr().err
+    assert evaluate(monkeypatch, run, prep)["warnings"] == ["mixed: global has other settings than rhythm"]
+    assert "mixed: global has other settings than rhythm" in (run / "results.md").read_text() and capsys.readouterr().err
 
 
 def test_a_model_trained_again_but_not_projected_is_refused(monkeypatch, small):
@@ -929,6 +952,11 @@ def test_efficiency_is_measured_once_and_again_when_something_changed(monkeypatc
     again([*BRANCHES, "fusion"])
     assert [*ev.efficiency(args, {"global": models["global"]})["models"]] == ["global"]
     again([])  # an evaluation of one model has not forgotten the others
+    with monkeypatch.context() as patch:  # killed, as where memory runs out
+        patch.setattr(Pool, "submit", lambda *_: SimpleNamespace(result=lambda: (_ for _ in ()).throw(BrokenProcessPool)))
+        (tmp_path / "efficiency.json").unlink()
+        with pytest.raises(SystemExit, match="measured rhythm was killed"):
+            ev.efficiency(args, models)
     for text in ("", "[]", "{}", '{"machine": 1, "models": 1}'):
         (tmp_path / "efficiency.json").write_text(text)
         again([*BRANCHES, "fusion"])
@@ -1067,6 +1095,28 @@ def test_cases_of_the_report_are_of_this_model_or_asked_for(monkeypatch, real, t
     assert asked.replace(f"--case {real.case}", f"--case {three}") in Page(report_of(monkeypatch, copy)).text
 
 
+def test_a_forced_case_says_so_in_the_report(monkeypatch, real, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(real.run, run)
+    copy = SimpleNamespace(run=run, flags=[run if f == real.run else f for f in real.flags])
+    rewrite(run / "cases" / f"{real.case}.json", lambda v: v["inputs"].update({"rhythm/classifier.pt": "0"}))
+    text = Page(report_of(monkeypatch, copy, "--force")).text
+    assert f"WARNING: {run}/cases/{real.case}.json was made from another" in " ".join(text.split())
+
+
+def test_a_report_does_not_outlive_its_results(monkeypatch, real, tmp_path, capsys):
+    run = tmp_path / "copy"
+    shutil.copytree(real.run, run)
+    flags = [run if f == real.run else f for f in real.flags]
+    report_of(monkeypatch, SimpleNamespace(run=run, flags=flags))
+    for draws, stays in ((5, True), (6, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ev, "DRAWS", draws)
+            patch.setattr(ev, "efficiency", measured)
+            run_stage(patch, "05_evaluate", *flags)
+        assert (run / "report.html").exists() == stays == ("removed" not in capsys.readouterr().out)
+
+
 def test_the_report_in_a_browser(browser, monkeypatch, real):
     """At the widths of a laptop and a phone nothing is cut off; on paper the cases lie across; nothing is fetched."""
     report_of(monkeypatch, real, figures=True)
@@ -1103,9 +1153,15 @@ def test_ratings_give_table_3_without_label_errors(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "4.00 [2.04, 5.96] of 2" in out                         # Ada: 5 and 3; rhythm/2 is out for both
     assert "3.33 [2.03, 4.64] of 3" in out                         # Ada's clarity: 4, 4, 2
-    assert "3.50 [2.52, 4.48] of 2" in out and "1 prototypes left out" in out
+    assert "3.50 [2.52, 4.48] of 2" in out and "by a reviewer: 1 prototype\n" in out
     kappa = cohen_kappa_score([5, 3], [4, 3], labels=[1, 2, 3, 4, 5], weights="quadratic")
     assert f"{kappa:.2f} of 2" in out
+
+
+def test_a_single_rating_has_no_interval(tmp_path, capsys):
+    ev.ratings_table([ratings_file(tmp_path / "a.json", "Ada", {"rhythm/0": (5, None, None)})])
+    out = capsys.readouterr().out
+    assert "| 5.00 of 1 " in out and "nan" not in out
 
 
 def test_ratings_of_different_prototypes_are_not_compared(tmp_path):

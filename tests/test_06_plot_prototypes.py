@@ -149,6 +149,18 @@ def test_contributions_and_bias_add_up_to_the_logit_of_stage_04(made):
         assert all(r["others"] == [{"number": 0, "contribution": 0}] * 2 for r in every)
 
 
+def test_what_has_no_weight_is_no_reason(made):
+    """Not even where the others speak against the label and so contribute less than nothing."""
+    classifiers = plot.load_classifiers(namespace(made), made.prep)
+    head, x = classifiers[0], made.prep.signals[5]
+    head.W = np.zeros_like(head.W)
+    head.W[:, :3] = 1.0
+    for r in plot.explain(x, classifiers, 5):
+        assert [q["weight"] for q in r["prototypes"]] == [1.0] * 3 and r["others"][0]["number"] == 0
+    head.W[:, :3] *= np.where(r["prototypes"][0]["contribution"] > 0, -1, 1)
+    assert all(len(r["prototypes"]) == 2 for r in plot.explain(x, classifiers, 2))
+
+
 def test_bias_is_the_logit_of_the_average_training_record(made):
     saved = common.load_pt(made.run / "fusion.pt", "x")
     scores = np.concatenate([np.load(made.run / b / "scores.npy") for b in BRANCHES], 1)[made.prep.train]
