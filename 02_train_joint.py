@@ -57,7 +57,11 @@ SCHEDULERS = {  # optimizer, learning rate, steps in all, steps of an epoch -> a
 
 
 def augment(x):
-    """Random changes that keep the diagnosis, one draw per record: x [B, 12, 1000] mV -> the same shape and device."""
+    """Random changes that mostly keep the diagnosis, drawn for each record: x [B, 12, 1000] mV -> the same shape.
+
+    Not always: the splice of the circular shift makes one odd beat interval, a blanked span looks like a pause, and
+    another amplitude may cross a voltage criterion (LVH, HVOLT, LVOLT). On fold 9 they help all the same.
+    """
     B, d = len(x), x.device
     shift = torch.randint(SAMPLES, (B, 1, 1), device=d)
     x = x.gather(2, ((torch.arange(SAMPLES, device=d) + shift) % SAMPLES).expand(-1, len(LEADS), -1))   # circular shift

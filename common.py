@@ -519,7 +519,7 @@ def parse(p, argv=None):
         threadpool_limits(args.threads, user_api="blas")                                    # numpy's and scipy's own
     try:
         torch.ones(1, device=args.device).item()  # a GPU may be there that this torch has no code for
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
     args.device = torch.device(args.device)
     given[:] = [f" --{k} {getattr(args, k)}" for k in usual if getattr(args, k) != usual[k]]
@@ -638,7 +638,7 @@ def replacing(path):
     if path.parent not in _swept:
         _swept.add(path.parent)
         sweep(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.tmp")
     _writing.add(temporary)
     try:
         yield temporary
@@ -656,9 +656,9 @@ _writing = set()  # temporary files that it has not finished
 
 
 def sweep(folder):
-    """Remove the half-written files of processes that are no more: a killed run cannot."""
-    for leftover in folder.glob(".*.tmp"):
-        pid = leftover.name.split(".")[-2]
+    """Remove the half-written files of this machine's processes that are no more: a killed run cannot."""
+    for leftover in folder.glob(f".*@{platform.node()}.tmp"):
+        pid = leftover.name.rpartition("@")[0].rpartition(".")[2]
         try:
             os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
         except ProcessLookupError:

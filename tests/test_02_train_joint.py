@@ -1,5 +1,6 @@
 """02_train_joint.py: training learns, resumes to the same bits, never sees fold 10, and fails with one sentence."""
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -94,8 +95,24 @@ def test_head_is_solved_without_what_a_prototype_says_of_its_own_patient(tiny_pr
 
         v = scipy.optimize.minimize(objective, np.zeros(X.shape[1] + 1), tol=1e-10).x
         want, W, b = X @ v[:-1] + v[-1], net.head.weight.detach().numpy(), net.head.bias.detach().numpy()
-        np.testing.assert_allclose(s @ W[c] + b[c], want, atol=0.02 * np.abs(want).max())
+        np.testing.assert_allclose(s @ W[c] + b[c], want, atol=1e-3 * np.abs(want).max())
         assert (W[c, ~own] == 0).all()
+
+
+def test_head_of_a_rare_label_is_solved_too():
+    """Ten positives in 4,000 records: a tolerance on the gradient of the mean loss must not stop it half way."""
+    rng = np.random.default_rng(0)
+    net = common.ProtoECGNet("1d", ["SR", "AFIB"], [3, 3], common.Config(width=8))
+    y = np.zeros((4000, 2))
+    y[:1500, 0] = y[:10, 1] = 1
+    s = rng.normal(size=(4000, 6)) * 0.05 + 0.3 * y[:, [0, 0, 0, 1, 1, 1]] * rng.random(6)
+    net.scores = lambda part: part
+    patients = torch.arange(4000)
+    stage("02_train_joint").refit_head(net, torch.from_numpy(s).float(), y, patients)
+    X = (s[:, 3:] - s[:, 3:].mean(0)) / s[:, 3:].std(0)
+    slow = LogisticRegression(C=1e4 / 4000, tol=1e-10, max_iter=10**4).fit(X, y[:, 1])
+    got = s @ net.head.weight[1].detach().double().numpy() + net.head.bias[1].item()
+    np.testing.assert_allclose(got, X @ slow.coef_[0] + slow.intercept_[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("own_patient", [False, True])
@@ -272,12 +289,19 @@ def test_second_round_starts_from_the_projected_prototypes(tiny_prep, tmp_path, 
     with pytest.raises(SystemExit) as e:
         train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--own-patient", "yes", "--force")
     assert "another own_patient (False)" in sentence(e)
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--seed", 7, "--force")
+    assert "another seed (42)" in sentence(e)
     tiny_prep("fewer", codes=("SR", "NORM"))
     with pytest.raises(SystemExit) as e:
         train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2, "--force", prep="fewer")
     assert "other labels" in sentence(e)
     run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", run, "--device", "cpu")
     assert (run / "rhythm" / "projected_r2.pt").is_file()
+    train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--epochs", 1, "--force")  # round 1 anew, not projected
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--round", 2)
+    assert "projected.pt" in sentence(e) and "03_project.py" in sentence(e)
 
 
 def test_projection_names_the_models_whose_recipe_has_more_rounds(tiny_prep, tmp_path, monkeypatch, capsys):
@@ -387,13 +411,29 @@ def test_resume_refuses_another_setting(tiny_prep, tmp_path, monkeypatch):
     assert "another setting" in sentence(e)
 
 
-def test_augmentation_keeps_shape_and_changes_every_record():
-    x = torch.randn(16, 12, 1000, generator=torch.Generator().manual_seed(0))
+def test_augmentation_does_each_of_its_changes():
+    """On a ramp of large voltages every change can be read off: shift, amplitude, lost leads, the blanked span."""
+    ramp, shifts, gains, lost, spans = 1e4 + torch.arange(1000.0), [], [], 0, []
     torch.manual_seed(0)
-    y = stage("02_train_joint").augment(x)
-    assert y.shape == x.shape and y.isfinite().all()
-    assert ((y - x).abs().amax((1, 2)) > 0.1).all()
-    assert (y.abs().amax() < 1.3 * x.abs().amax() + 0.5)
+    for y in stage("02_train_joint").augment(ramp.expand(200, 12, 1000)):
+        gone = (y == 0).all(1)
+        lost += int(gone.sum())
+        kept = y[~gone]
+        blank = kept == 0
+        assert (blank == blank[0]).all()  # the span is the same in all leads
+        at = blank[0].nonzero()[:, 0]
+        assert len(at) == 0 or int(at[-1] - at[0]) + 1 == len(at) < 150
+        spans.append(len(at))
+        drop = kept[0].diff()
+        drop[blank[0, 1:] | blank[0, :-1]] = 0
+        shifts.append(int((drop < -500).sum()))  # where the end of the ramp meets its start
+        gains.append(kept.amax(1) / ramp.max())
+        assert gains[-1].std() < 1e-2  # one amplitude for all leads
+    gains = torch.stack([g.mean() for g in gains])
+    assert sum(shifts) > 150 and max(shifts) == 1 and 60 < np.mean(spans) < 90
+    assert 0.79 < gains.min() < 0.85 and 1.2 < gains.max() < 1.26 and 0.06 < lost / 2400 < 0.1
+    noise = stage("02_train_joint").augment(torch.zeros(200, 12, 1000)).std((1, 2))
+    assert 0.04 < noise.max() < 0.05 and noise.min() < 0.01
 
 
 def test_weighted_sampler_draws_rare_labels_more_often():
@@ -688,3 +728,139 @@ def test_config_is_overridden_by_flags(tiny_prep, tmp_path, monkeypatch):
     cfg = common.config_of(json.loads((run / "rhythm" / "joint.json").read_text()))
     assert (cfg.lr, cfg.a, cfg.per_class, cfg.augment) == (0.002, (1, 13, 4), (3, 4, 5), False)
     assert (cfg.optimizer, cfg.epochs, cfg.seed) == ("adamw", 0, 42)
+
+
+def test_prototypes_from_data_need_a_black_box_to_start_from(tmp_path, tiny_prep, monkeypatch, capsys):
+    tiny_prep()
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--prototypes", "data")
+    assert e.value.code == 2 and "--prototypes data needs" in capsys.readouterr().err
+
+
+def test_config_does_not_widen_a_small_network(tiny_prep, tmp_path, monkeypatch):
+    tiny_prep()
+    (tmp_path / "config.json").write_text(json.dumps({"lr": 0.002, "width": 64}))
+    run_stage(monkeypatch, "02_train_joint", "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--small",
+              "--start", "random", "--config", tmp_path / "config.json", "--epochs", 0, "--device", "cpu")
+    config = json.loads((tmp_path / "run" / "rhythm" / "joint.json").read_text())["config"]
+    assert (config["width"], config["lr"]) == (32, 0.002)
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")  # in one dimension there are two directions
+@pytest.mark.parametrize("model, codes, flags", [("rhythm", ("SR", "NORM"), []),
+                                                 ("morphology", ("NORM", "IMI"), ["--start", "blackbox-global"])])
+def test_a_black_box_of_one_label(tiny_prep, tmp_path, monkeypatch, model, codes, flags):
+    tiny_prep(codes=codes)
+    run = train(monkeypatch, tmp_path, "run", "--model", model, *flags, "--epochs", 1, "--blackbox-epochs", 1)
+    assert common.load_model(run / model / "joint.pt", "")[1]["latent_dim"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every setting of the training loop does
+
+def log_of(run, model):
+    return [json.loads(line) for line in (run / model / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name, expected", [  # 48 records in batches of 16: three steps an epoch
+    ("constant", lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+    ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12 * 3)),
+    ("step", lambda o: torch.optim.lr_scheduler.StepLR(o, 10 * 3, 0.5)),
+    ("cyclic", lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 1e-2, 2 * 3, cycle_momentum=False)),
+    ("onecycle", lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, 12 * 3)),
+    ("plateau", None)])
+def test_learning_rate_follows_the_scheduler(tiny_prep, tmp_path, monkeypatch, name, expected):
+    tiny_prep()
+    values = iter(np.linspace(0.9, 0.8, 12))  # fold 9 falls: a plateau
+    monkeypatch.setattr(stage("02_train_joint"), "validate", lambda *_: next(values))
+    run = train(monkeypatch, tmp_path, "run", "--model", "blackbox-rhythm", "--blackbox-epochs", 12, "--patience", 99,
+                "--blackbox-lr", 1e-2, "--scheduler", name, "--head", "free")
+    got = [line["lr"] for line in log_of(run, "blackbox-rhythm")]
+    want = [1e-2] * 4 + [5e-3] * 4 + [2.5e-3] * 4  # halved after four epochs without gain
+    if expected:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
+        scheduler, want = expected(optimizer), []
+        for _ in range(12):
+            for _ in range(3):
+                optimizer.step()
+                scheduler.step()
+            want.append(optimizer.param_groups[0]["lr"])
+    assert got == pytest.approx(want)
+
+
+def test_training_stops_when_fold_9_has_not_improved_for_patience_epochs(tiny_prep, tmp_path, monkeypatch):
+    tiny_prep()
+    values = iter([0.5, 0.6, 0.7, 0.6, 0.7, 0.8])
+    monkeypatch.setattr(stage("02_train_joint"), "validate", lambda *_: next(values))
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--epochs", 9, "--patience", 2)
+    meta = json.loads((run / "rhythm" / "joint.json").read_text())
+    assert (meta["epochs"], meta["best_epoch"], meta["val_auroc"]) == (4, 2, 0.7)
+
+
+def test_a_black_box_is_the_moving_average_of_its_weights(tiny_prep, tmp_path, monkeypatch):
+    """Against the recursion written out, from the weights after every step."""
+    tiny_prep()
+    seen, step = [], torch.optim.AdamW.step
+
+    def watched(optimizer, *a, **k):
+        out = step(optimizer, *a, **k)
+        seen.append(optimizer.param_groups[0]["params"][0].detach().double().clone())
+        return out
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    for ema in (0.9, 0.0):
+        seen.clear()
+        run = train(monkeypatch, tmp_path, f"run{ema}", "--model", "blackbox-rhythm", "--blackbox-epochs", 2,
+                    "--blackbox-ema", ema, "--head", "free")
+        last = torch.load(run / "blackbox-rhythm" / "last.pt", weights_only=True)
+        name, _ = next(common.load_model(run / "blackbox-rhythm" / "joint.pt", "")[0].named_parameters())
+        torch.testing.assert_close(last["model"][name].double(), seen[-1])
+        if not ema:
+            torch.testing.assert_close(last["average"][name], last["model"][name])
+            continue
+        moved = [(last["average"][name].double() - w).abs().mean() for w in seen]
+        assert 0 < moved[-1] and min(moved) < moved[0]  # behind the last weights, far from the first
+
+
+def test_prototypes_are_projected_after_each_epoch_and_kept_as_they_were_before(tiny_prep, tmp_path, monkeypatch):
+    prep = tiny_prep()
+    values = itertools.count()  # every epoch is better
+    monkeypatch.setattr(stage("02_train_joint"), "validate", lambda *_: next(values))
+    for project, same_p in ((1, False), (0, True)):
+        run = train(monkeypatch, tmp_path, f"run{project}", "--model", "rhythm", "--lr", 0.05,
+                    "--project-every", project)
+        last = torch.load(run / "rhythm" / "last.pt", weights_only=True)
+        assert torch.equal(last["model"]["p"], last["best_state"]["p"]) == same_p
+        net, _ = common.load_model(run / "rhythm" / "joint.pt", "")
+        net.load_state_dict(last["model"])
+        z, carries, _ = common.training_set(net, prep, torch.device("cpu"))
+        away = [float((z[carries[:, c]] - p).abs().amax((1, 2)).min())
+                for p, c in zip(net.p.detach(), net.p_class.tolist())]
+        assert (max(away) < 1e-4) == bool(project)
+
+
+def test_class_weights_and_weighted_sampler_reach_the_loss(tiny_prep, tmp_path, monkeypatch):
+    prep = tiny_prep()
+    given, loss, module = [], common.composite_loss, stage("02_train_joint")
+    monkeypatch.setattr(common, "composite_loss", lambda *a: given.append((a[2], a[7])) or loss(*a))
+    one = int(prep.labels[prep.train][:, common.CODES.index("AFIB")].argmax())  # the only record that is drawn
+    monkeypatch.setattr(module, "record_weights", lambda y: torch.eye(len(y))[one])
+    train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--epochs", 1,
+          "--class-weights", "yes", "--sampler", "weighted")
+    classes = json.loads((tmp_path / "run" / "rhythm" / "joint.json").read_text())["classes"]
+    labels = prep.labels[prep.train][:, common.columns(classes)].astype(float)
+    assert len(given) == 3
+    for y, w in given:
+        assert (y == torch.from_numpy(labels[one])).all()
+        torch.testing.assert_close(w.double(), torch.from_numpy((len(labels) - labels.sum(0)) / labels.sum(0)))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_optimizer_and_weight_decay(tiny_prep, tmp_path, monkeypatch, name):
+    tiny_prep()
+    made, kind = [], {"adam": "Adam", "adamw": "AdamW"}[name]
+    real = getattr(torch.optim, kind)
+    monkeypatch.setattr(torch.optim, kind, lambda *a, **k: made.append(k) or real(*a, **k))
+    train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--epochs", 1, "--optimizer", name,
+          "--weight-decay", 0.125, "--lr", 0.25)
+    assert [(k["lr"], k["weight_decay"]) for k in made] == [(0.25, 0.125)]

@@ -166,6 +166,14 @@ def test_bias_is_optimal_when_every_weight_is_zero():
     assert b[0] == pytest.approx(math.log(Y.mean() / (1 - Y.mean())), abs=1e-6)
 
 
+def test_a_label_that_every_or_no_record_has_is_no_infinity():
+    X, Y = np.random.default_rng(0).normal(size=(50, 4)), np.zeros((50, 2))
+    Y[:, 1] = 1
+    off = np.array([[False, False, True, True], [True, True, False, False]])
+    W, b, violation = fusion.fit(X, Y, off, 0.01)
+    assert np.isfinite(W).all() and np.isfinite(b).all() and b[0] < -5 and b[1] > 5 and violation < 1e-5
+
+
 def test_reported_violation_is_the_true_one():
     """Stopped early, fit must say so: fit_path and the artifact's meta rely on the number."""
     X, Y, off = problem()
@@ -457,6 +465,17 @@ def test_fusion_refuses_prototypes_of_another_training(run_to_fusion, monkeypatc
     assert "projected.pt" in sentence(e) and "03_project.py --model rhythm" in sentence(e)
     run_stage(monkeypatch, "04_fusion", *folders, "--force")
     assert "WARNING" in capsys.readouterr().err
+
+
+def test_fusion_of_two_recipes_is_refused(run_to_fusion, tiny_prep, tmp_path, monkeypatch):
+    prep = tiny_prep()
+    for model in ("rhythm", "morphology", "global"):
+        write_joint(tmp_path / "run", prep, model, recipe="paper" if model == "rhythm" else "default")
+    folders = ("--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu")
+    run_stage(monkeypatch, "03_project", *folders)
+    with pytest.raises(SystemExit) as e:
+        run_stage(monkeypatch, "04_fusion", *folders)
+    assert "branches of both recipes" in sentence(e)
 
 
 def test_fusion_without_projection_gives_one_sentence(tiny_prep, tmp_path, monkeypatch):

@@ -561,8 +561,8 @@ def test_ensemble_is_the_mean_of_the_black_boxes_logits(monkeypatch, tmp_path, s
     assert metrics["blackbox-ensemble"]["auroc"][0] == pytest.approx(np.mean(each), abs=2e-5)
     assert metrics["blackbox-ensemble"]["auroc"][0] > metrics["blackbox-1d"]["auroc"][0]
     lacking = fake_run(tmp_path / "lacking", prep, ["rhythm"])
-    some = evaluate(monkeypatch, runs[0], prep, "--model", "blackbox-1d", "--ensemble", runs[0], *runs[1:])["predictions"]
-    assert some == metrics  # with --model, and of a run that is named twice
+    some = evaluate(monkeypatch, runs[0], prep, "--model", "blackbox-1d", "--ensemble", *runs)
+    assert some["predictions"] == metrics  # with --model, and of a run that is named twice
     with pytest.raises(SystemExit) as error:
         evaluate(monkeypatch, runs[0], prep, "--ensemble", lacking)
     assert f"run `python 04_fusion.py --run {lacking}`" in sentence(error)
@@ -827,7 +827,8 @@ def test_models_of_different_settings_in_one_run_are_pointed_out(monkeypatch, tm
     rewrite(run / "global" / "joint.json", lambda v: v["config"].update(lambda_cntrst=0.0))
     rewrite(run / "blackbox-1d" / "joint.json", lambda v: v["config"].update(lambda_cntrst=0.0))  # has no such loss
     assert evaluate(monkeypatch, run, prep)["warnings"] == ["mixed: global has other settings than rhythm"]
-    assert "mixed: global has other settings than rhythm" in (run / "results.md").read_text() and capsys.readouterr().err
+    assert "mixed: global has other settings than rhythm" in (run / "results.md").read_text()
+    assert capsys.readouterr().err
 
 
 def test_a_model_trained_again_but_not_projected_is_refused(monkeypatch, small):
@@ -953,7 +954,9 @@ def test_efficiency_is_measured_once_and_again_when_something_changed(monkeypatc
     assert [*ev.efficiency(args, {"global": models["global"]})["models"]] == ["global"]
     again([])  # an evaluation of one model has not forgotten the others
     with monkeypatch.context() as patch:  # killed, as where memory runs out
-        patch.setattr(Pool, "submit", lambda *_: SimpleNamespace(result=lambda: (_ for _ in ()).throw(BrokenProcessPool)))
+        broken = Future()
+        broken.set_exception(BrokenProcessPool())
+        patch.setattr(Pool, "submit", lambda *_: broken)
         (tmp_path / "efficiency.json").unlink()
         with pytest.raises(SystemExit, match="measured rhythm was killed"):
             ev.efficiency(args, models)

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -284,12 +285,15 @@ def test_leftovers_of_killed_runs_are_removed_and_others_stay(tmp_path, monkeypa
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)  # so that its number belongs to no process
-    dead, alive = (tmp_path / f".signals.npy.{pid}.tmp" for pid in (child, os.getppid()))
-    for path in (dead, alive, tmp_path / ".notes.tmp", tmp_path / "mine.1.tmp"):
+    node = platform.node()
+    dead, alive = (tmp_path / f".signals.npy.{pid}@{node}.tmp" for pid in (child, os.getppid()))
+    elsewhere = tmp_path / f".signals.npy.{child}@another-{node}.tmp"  # whose processes cannot be asked from here
+    for path in (dead, alive, elsewhere, tmp_path / ".notes.tmp", tmp_path / "mine.1.tmp"):
         path.write_text("half")
     monkeypatch.setattr(common, "_swept", set())
     common.save_json(tmp_path / "preprocess.json", {})
-    assert {p.name for p in tmp_path.iterdir()} == {alive.name, ".notes.tmp", "mine.1.tmp", "preprocess.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {alive.name, elsewhere.name, ".notes.tmp", "mine.1.tmp",
+                                                    "preprocess.json"}
 
 
 def test_same_artifact_same_bytes(tmp_path):
@@ -316,11 +320,12 @@ def test_copies_and_leftovers_in_a_models_folder_do_not_stop_training(tmp_path, 
     write_prep(tmp_path / "prep")
     folder = tmp_path / "run" / "blackbox-1d"
     folder.mkdir(parents=True)
-    for name in ("joint_run2.pt", f".last_r2.pt.{os.getppid()}.tmp", "joint_r2.pt"):
+    leftover = f".last_r2.pt.{os.getppid()}@{platform.node()}.tmp"
+    for name in ("joint_run2.pt", leftover, "joint_r2.pt"):
         (folder / name).touch()
     run_stage(monkeypatch, "02_train_joint", "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--model",
               "blackbox-1d", "--width", 8, "--blackbox-epochs", 1, "--device", "cpu")
-    assert {p.name for p in folder.iterdir()} >= {"joint_run2.pt", f".last_r2.pt.{os.getppid()}.tmp", "joint.pt"}
+    assert {p.name for p in folder.iterdir()} >= {"joint_run2.pt", leftover, "joint.pt"}
     assert not (folder / "joint_r2.pt").exists()
 
 
