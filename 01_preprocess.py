@@ -149,7 +149,7 @@ def part_sizes(folds):
 
 def main():
     p = common.argument_parser(__doc__)
-    p.add_argument("--records", type=int, metavar="N", help="use the first N records of the csv only")
+    p.add_argument("--records", type=int, metavar="N", help="use only the N records with the lowest ecg_id")
     p.add_argument("--skip-bad", action="store_true", help="leave unreadable records out, list them in preprocess.json")
     args = common.parse(p)
 

@@ -19,8 +19,8 @@ writes  RUN/MODEL/joint.pt (joint_r2.pt), the same provenance as joint.json, log
     python 02_train_joint.py --model rhythm --tune 200 --study sqlite:///tune.db
                                                  search better settings: RUN/MODEL/tuned.json, which --config takes
 
-Takes, on 2 CPU cores with AVX512-bf16, half an hour for each of the two black boxes and 22 minutes for the three
-branches; less than half of that at --width 32. Not yet timed on a GPU.
+Takes, on 2 CPU cores with AVX512-bf16, half an hour to an hour for each of the two black boxes and half of that for
+the three branches; less than half of all at --width 32. Not yet timed on a GPU.
 Last line: `runs/default: blackbox-rhythm 0.9700, blackbox-1d 0.9300, rhythm 0.9600, morphology 0.9200, global 0.9400
 (fold-9 macro-AUROC)`, with your own numbers.
 """
@@ -639,7 +639,7 @@ def tune(name, args, cfg, prep):
 
 def read_config(path, cfg):
     """`cfg` with the settings in a JSON file, or in its "config" (tuned.json, joint.json); the seed is not taken."""
-    new, old = common.load_json(path, "02_train_joint.py --tune"), dataclasses.asdict(cfg)
+    new, old = common.load_json(path, "02_train_joint.py --model MODEL --tune TRIALS --study FILE"), dataclasses.asdict(cfg)
     new = new["config"] if isinstance(new.get("config"), dict) else new
     for k, v in new.items():
         if k not in old:
