@@ -28,8 +28,9 @@ def test_layout():
     assert STAGES == ["00_download.py", "01_preprocess.py", "02_train_joint.py", "03_project.py", "04_fusion.py",
                       "05_evaluate.py", "06_plot_prototypes.py"]
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    top = {f for f in tracked if "/" not in f}
-    assert top <= {*STAGES, "common.py", "README.md", "requirements.txt", ".gitignore", "LICENSE"}
+    files = {*STAGES, "common.py", "README.md", "requirements.txt", ".gitignore", "LICENSE"}
+    assert all((ROOT / f).is_file() for f in files)
+    assert {f for f in tracked if "/" not in f} in (files, set())  # none: not a git checkout
 
 
 @pytest.mark.parametrize("script", STAGES)
