@@ -696,8 +696,7 @@ def test_a_branch_with_settings_of_its_own_is_named_with_them(monkeypatch, tmp_p
     rewrite(run / "global" / "joint.json", lambda v: v["config"].update(start="blackbox-global"))
     metrics = evaluate(monkeypatch, run, prep)
     assert metrics["trained"]["rhythm"]["round"] == 2
-    assert "global starts from blackbox-global" in " ".join(ev.approach_text(
-        {**metrics, "cost": []}, {"filter": ""}).split())
+    assert r"global starts from blackbox\-global" in ev.approach_text({**metrics, "cost": []}, {"filter": ""})
     rewrite(run / "global" / "joint.json", lambda v: v["config"].update(start="blackbox-1d"))
     metrics = evaluate(monkeypatch, run, prep)
     assert ev.changed(metrics) == ("lr 0.5 (global)",)  # the black box is not what the row is about
