@@ -639,7 +639,8 @@ def tune(name, args, cfg, prep):
 
 def read_config(path, cfg):
     """`cfg` with the settings in a JSON file, or in its "config" (tuned.json, joint.json); the seed is not taken."""
-    new, old = common.load_json(path, "02_train_joint.py --model MODEL --tune TRIALS --study FILE"), dataclasses.asdict(cfg)
+    new = common.load_json(path, "02_train_joint.py --model MODEL --tune TRIALS --study FILE")
+    old = dataclasses.asdict(cfg)
     new = new["config"] if isinstance(new.get("config"), dict) else new
     for k, v in new.items():
         if k not in old:
