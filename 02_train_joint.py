@@ -60,7 +60,7 @@ def augment(x):
     """Random changes that mostly keep the diagnosis, drawn for each record: x [B, 12, 1000] mV -> the same shape.
 
     Not always: the splice of the circular shift makes one odd beat interval, a blanked span looks like a pause, and
-    another amplitude may cross a voltage criterion (LVH, HVOLT, LVOLT). On fold 9 they help all the same.
+    another amplitude may cross a voltage criterion (LVH, HVOLT, LVOLT).
     """
     B, d = len(x), x.device
     shift = torch.randint(SAMPLES, (B, 1, 1), device=d)
@@ -570,7 +570,7 @@ def after_stage_3(path, args, prep):
     X, X_val, *_ = stage_3.standardise(scores, prep, common.own_patients(found, prep, cfg).numpy())
     Y, y_val = (prep.labels[m][:, common.columns(model.classes)].astype(np.float64) for m in (prep.train, prep.val))
     off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]                         # [C, P]
-    W, b, *_ = stage_3.fit_path(X, Y, off, X_val, y_val, meta["model"], cfg.recipe)                      # Eq. (10)
+    W, b, *_ = stage_3.fit_path(X, Y, off, X_val, y_val, meta["model"], cfg.recipe)                     # Eq. (10)
     return common.macro_auroc(y_val, X_val @ W.T + b)
 
 
