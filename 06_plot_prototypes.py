@@ -18,6 +18,7 @@ writes  RUN/figures/gallery.html and RUN/figures/MODEL/*.png; of a case RUN/case
 
 A prototype contributes w * (s - mean) / std to a label's logit, mean and std being those of its similarity s in the
 training folds. So the bias is the logit of the average training record, and bias and contributions add up to the logit.
+Prototypes from ECGs of the explained patient contribute nothing, as in 04 (a training ECG would explain itself).
 
 The review page exports {"format": 1, "kind": "protoecgnet-ratings", "reviewer": str, "run": str, "made": the models'
 fingerprints, "ratings": {"MODEL/INDEX": {"class": str, "representativeness": 1-5 or null, "clarity": 1-5 or null,
@@ -206,11 +207,13 @@ def save_png(path, fig):
 
 def load_prototypes(name, args, prep):
     """A model's prototypes.json, each prototype with its `model`, `kind` and the `row` of its training record; exits if
-    it is damaged or does not belong to `prep`."""
+    it is damaged or belongs to other records than `prep` or to another training than the model's last."""
     path, maker = args.run / name / "prototypes.json", common.command("03_project.py", name)
-    record = common.load_json(path, maker, "inputs", "kind", "projected", "prototypes")
+    record = common.load_json(path, maker, "inputs", "kind", "projected", "prototypes", "warnings")
+    trained = common.newest(args.run / name, "joint", common.command("02_train_joint.py", name))[1]
     try:
         common.same_input(record, "prep", prep.path, path, maker, args.force)
+        common.same_input(record, "joint", trained, path, maker, args.force)
         for j, q in enumerate(record["prototypes"]):
             q.update(row=prep.row_of[q["ecg_id"]], model=name, kind=record["kind"], index=j)
             if not 0 <= q["samples"][0] < q["samples"][1] <= SAMPLES or not {q["class"], *q["labels"]} <= set(CODES):
@@ -279,6 +282,7 @@ def gallery(args, prep, records, words):
     missing = prep.info["without_training_record"]
     left_out = f" Without a training record, so not modelled: {' '.join(missing)}." if missing else ""
     title = f"{len(jobs):,} prototypes of {html.escape(str(args.run))}"
+    warnings = "".join(f"<p>WARNING: {html.escape(w)}" for r in records.values() for w in r["warnings"])
     with common.replacing(figures / "gallery.html") as t:
         t.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.4 sans-serif; margin: 1rem 2rem }} ul {{ columns: 24rem; column-gap: 3rem }}
@@ -287,7 +291,7 @@ figure {{ display: inline-block; vertical-align: top; width: 297px; margin: 0 1r
 img {{ border: 1px solid #bbb; object-fit: contain }}</style><h1>{title}</h1>
 <p>Each prototype is a real training ECG, or 0.94 s of one, with which the model compares new ECGs. Below it stand its
 source and all labels of that ECG. Click a picture to enlarge it; printed at 100 % it has 25 mm/s and 10 mm/mV. For
-research, not for clinical use.{left_out}</p><ul>{"".join(contents)}</ul>{"".join(body)}</html>
+research, not for clinical use.{left_out}</p>{warnings}<ul>{"".join(contents)}</ul>{"".join(body)}</html>
 """, encoding="utf-8")
     drawn = {path for path, *_ in jobs}
     for old in [p for name in records for p in (figures / name).glob("*.png") if p not in drawn]:
@@ -336,7 +340,7 @@ def load_classifiers(args, prep):
     """What is to be explained: the run's fusion, or without it (or with --model) the classifiers of single models.
 
     Each is a namespace of name, classes, W [C, P], b [C], mean [P], std [P] float64, thresholds [C] on the logit,
-    prototypes [P] and the networks whose similarities, side by side, are its input.
+    prototypes [P], the networks whose similarities, side by side, are its input, and the warnings of its making.
     """
     found, later = [], prep.val | prep.test
     fusion = args.model is None and (args.run / "fusion.pt").is_file()
@@ -344,7 +348,7 @@ def load_classifiers(args, prep):
         path = args.run / "fusion.pt" if fusion else args.run / name / "classifier.pt"
         maker = "04_fusion.py" if fusion else common.command("04_fusion.py", name)
         meta, arrays = common.load_head(path, maker)
-        head = SimpleNamespace(name=name, classes=meta["classes"], networks=[], prototypes=[], **arrays,
+        head = SimpleNamespace(name=name, classes=meta["classes"], networks=[], prototypes=[], warnings=[], **arrays,
                                file=path.relative_to(args.run).as_posix(), hash=common.file_hash(path))
         for m in BRANCHES if fusion else [name]:
             source_of = common.command("03_project.py", m)
@@ -356,6 +360,10 @@ def load_classifiers(args, prep):
                 sys.exit(f"{args.run / m}/prototypes.json does not fit {projected}: {common.rerun(source_of)} again")
             head.networks.append(common.load_model(projected, source_of, args.device)[0])
             head.prototypes += record["prototypes"]
+            head.warnings += record["warnings"]
+        head.warnings = list(dict.fromkeys(meta.get("warnings", []) + head.warnings))
+        if head.W.shape != (len(head.classes), sum(len(network.p) for network in head.networks)):
+            sys.exit(f"{path} is of other prototypes than there are now: {common.rerun(maker)} again")
         logits = common.load_npy(args.run / f"logits_{name}.npy", maker)
         if logits.shape != (later.sum(), len(CODES)):
             sys.exit(f"{args.run}/logits_{name}.npy is of other records: {common.rerun(maker)} again")
@@ -366,12 +374,13 @@ def load_classifiers(args, prep):
 
 
 @torch.no_grad()
-def explain(x, classifiers, top):
+def explain(x, classifiers, top, patient=None):
     """What the classifiers say of x [12, 1000] mV and why: a result for every label, the most probable first.
 
     A result holds the logit, its bias, the `top` prototypes by contribution w * (s - mean) / std, each with the windows
     of x that match it, best first, and in `others` number and sum of the rest: first of the label's own prototypes,
-    then of other labels'. Prototypes without a weight are in neither.
+    then of other labels'. Prototypes without a weight are in neither, nor are those that were taken from an ECG of
+    `patient` (own_patient is their number): as in 04 they contribute nothing, or a training ECG would explain itself.
     """
     results = []
     for head in classifiers:
@@ -384,25 +393,29 @@ def explain(x, classifiers, top):
                 matched.append([{"samples": common.window_samples(network.kind, w), "similarity": v}
                                 for w, v in zip(window, value)])
         s = np.concatenate(s)                                                                     # Eq. (9)
-        logits = head.W @ ((s - head.mean) / head.std) + head.b                                   # [C]
+        taken_from = torch.cat([network.p_patient for network in head.networks]).cpu().numpy()    # [P]
+        counts = np.ones(len(s), bool) if patient is None else taken_from != patient
+        W = head.W * counts
+        logits = W @ ((s - head.mean) / head.std) + head.b                                        # [C]
         for c, code in enumerate(head.classes):
             p, threshold = 1 / (1 + np.exp(-np.array([logits[c], head.thresholds[c]])))
-            terms = head.W[c] * (s - head.mean) / head.std                                        # [P]
+            terms = W[c] * (s - head.mean) / head.std                                             # [P]
             order = np.argsort(-terms, kind="stable")
-            shown = order[head.W[c][order] != 0][:top]
+            shown = order[W[c][order] != 0][:top]
             own = np.array([q["class"] == code for q in head.prototypes])
-            left = (head.W[c] != 0) & ~np.isin(np.arange(len(terms)), shown)
+            left = (W[c] != 0) & ~np.isin(np.arange(len(terms)), shown)
             results.append({
                 "label": code, "classifier": head.name, "probability": p, "threshold": threshold,
-                "predicted": bool(p >= threshold), "logit": logits[c], "bias": head.b[c], "prototypes": [
+                "predicted": bool(p >= threshold), "logit": logits[c], "bias": head.b[c],
+                "own_patient": int((~counts & (head.W[c] != 0)).sum()), "prototypes": [
                     {**head.prototypes[j], "similarity": s[j], "mean": head.mean[j], "std": head.std[j],
-                     "weight": head.W[c, j], "contribution": terms[j], "matched": matched[j]} for j in shown],
+                     "weight": W[c, j], "contribution": terms[j], "matched": matched[j]} for j in shown],
                 "others": [{"number": int(those.sum()), "contribution": terms[those].sum()}
                            for those in (left & own, left & ~own)]})
     return sorted(results, key=lambda r: -r["probability"])
 
 
-def page(x, x_source, title, true, r, q, words):
+def page(x, x_source, title, true, r, q, words, warnings=()):
     """One page of a case: ECG x (`title`, `true` labels in words) beside prototype q, which has a say in r["label"]."""
     places = [m["samples"] for m in q["matched"][:5]]
     below = cutouts([(x, places[0]), (x_source, q["samples"])]) if q["kind"] == "partial" else []
@@ -444,8 +457,15 @@ def page(x, x_source, title, true, r, q, words):
         draw(ax, scene, left, top)
     for i, scene in enumerate(below):
         draw(ax, scene, sides[i][0], bottom)
-    note = "solid: the best matching window; dashed: the next best that are averaged into the similarity.   "
-    write(ax, 8, height - 2, (note if len(places) > 1 else "") + "For research, not for clinical use.", 3.6)
+    notes = []
+    if len(places) > 1:
+        notes.append(f"solid: the best matching window; dashed: the next {len(places) - 1} of the {len(q['matched'])} "
+                     "whose mean is the similarity.")
+    if r["own_patient"]:
+        notes.append(f"Not counted, as in training: {r['own_patient']:,} prototypes from ECGs of this patient.")
+    if warnings:
+        notes.append("WARNING: made despite warnings, which its JSON file holds.")
+    write(ax, 8, height - 2, "   ".join([*notes, "For research, not for clinical use."]), 3.6)
     return fig
 
 
@@ -453,18 +473,21 @@ def case(args, prep, words, ecg_id=None):
     """Explain ECG `ecg_id` of PTB-XL, or the record args.record: a PDF, its pages as PNG, and JSON with all of it."""
     if ecg_id is None:
         path = str(args.record).removesuffix(".hea").removesuffix(".dat")
-        x, codes, true = read_wfdb(path), None, "not known"
-        title, name = f"record {Path(path).name}", f"record_{file_name(Path(path).name)}"
+        x, codes, true, patient = read_wfdb(path), None, "not known", None
+        parts = Path(path).resolve().parts[-2:]  # with its folder: in many data sets a record's name is not its own
+        title, name = f"record {'/'.join(parts)[-60:]}", f"record_{file_name('-'.join(parts))}"
     else:
         if ecg_id not in prep.row_of:
             sys.exit(f"ECG {ecg_id} is not in {args.prep}, which holds {len(prep.ecg_ids):,} records between "
                      f"{prep.ecg_ids.min()} and {prep.ecg_ids.max()}")
         row = prep.row_of[ecg_id]
         x, codes = prep.signals[row], [c for c, on in zip(CODES, prep.labels[row]) if on]
+        path, patient = None, prep.patient_ids[row]
         part = "test" if prep.test[row] else "validation" if prep.val[row] else "training"
         title, name, true = f"{part} ECG {ecg_id}", str(ecg_id), "; ".join(words[c] for c in codes) or "none"
     classifiers = load_classifiers(args, prep)
-    results = explain(x, classifiers, args.top)
+    results = explain(x, classifiers, args.top, patient)
+    warnings = list(dict.fromkeys(w for head in classifiers for w in head.warnings))
     explained = [r for r in results if r["predicted"]] or results[:1]
     if args.label:
         explained = [r for r in results if r["label"] in args.label]
@@ -474,13 +497,14 @@ def case(args, prep, words, ecg_id=None):
     folder, pages = args.run / "cases", [(r, q, i) for r in explained for i, q in enumerate(r["prototypes"], 1)]
     with common.replacing(folder / f"{name}.pdf") as temporary, PdfPages(temporary) as pdf:
         for r, q, i in tqdm(pages, "pages", disable=None):
-            fig = page(x, prep.signals[q["row"]], title, true, r, q, words)
+            fig = page(x, prep.signals[q["row"]], title, true, r, q, words, warnings)
             q["page"] = f"{name}/{r['classifier']}_{file_name(r['label'])}_{i}.png"
             save_png(folder / q["page"], fig)
             pdf.savefig(fig)
     labels = [{k: r[k] for k in ("label", "probability", "threshold", "predicted", "logit")} for r in results]
     common.save_json(folder / f"{name}.json", {
-        "format": common.FORMAT, "kind": "protoecgnet-case", "run": str(args.run), "ecg_id": ecg_id, "title": title,
+        "format": common.FORMAT, "kind": "protoecgnet-case", "run": str(args.run), "ecg_id": ecg_id, "record": path,
+        "title": title, "warnings": warnings,
         "inputs": {"prep": common.file_hash(prep.path), **{head.file: head.hash for head in classifiers}},
         "true_labels": codes, "explained": explained, "labels": labels, "descriptions": words})
     for old in set((folder / name).glob("*.png")) - {folder / q["page"] for _, q, _ in pages}:

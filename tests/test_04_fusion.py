@@ -415,6 +415,26 @@ def test_whole_fusion_of_three_branches(run_to_fusion, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{run}: fold-9 macro-AUROC fusion ")
 
 
+def test_what_projection_costs_is_measured_on_both_models(run_to_fusion):
+    """Logits of Stage 1's heads are the saved models'; "unprojected" is Eq. (10) on the scores before Stage 2."""
+    prep, run = run_to_fusion("cost")
+    later = np.flatnonzero(prep.folds >= 9)
+    joint, projected = (common.load_model(run / f"rhythm/{name}.pt", "")[0] for name in ("joint", "projected"))
+    own = common.columns(joint.classes)
+    for name, net in (("joint", joint), ("projected", projected)):
+        wanted = common.batched(lambda x: net(x)[0], prep, later, "cpu").numpy()
+        np.testing.assert_allclose(np.load(run / f"logits_rhythm-{name}.npy")[:, own], wanted, atol=1e-5)
+    scores = common.batched(lambda x: joint(x)[1], prep, np.arange(60), "cpu").numpy()
+    strength = torch.load(run / "rhythm/classifier.pt", weights_only=True)["meta"]["strength"]
+    X, _, X_later, _, _ = fusion.standardise(scores, prep, projected.p_patient.numpy())
+    Y = prep.labels[prep.train][:, own].astype(float)
+    off = np.array([[joint.classes[k] != c for k in joint.p_class] for c in joint.classes])
+    W, b, _ = fusion.fit(X, Y, off, fusion.lambda_of(strength, Y, "default"))
+    unprojected, final = (np.load(run / f"logits_rhythm{end}.npy")[:, own] for end in ("-unprojected", ""))
+    np.testing.assert_allclose(unprojected, X_later @ W.T + b, atol=2e-3)
+    assert np.abs(unprojected - final).max() > 0.05
+
+
 def test_a_branch_that_fold_9_cannot_judge(run_to_fusion):
     """No fold-9 record with the branch's labels (a small data set): its AUROC is undefined, and that is no crash."""
     def none_in_fold_9(folds, signals, labels):

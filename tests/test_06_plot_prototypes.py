@@ -3,6 +3,7 @@ hostile text, and the review page in a real browser (Chromium, chromedriver, sel
 import base64
 import html.parser
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,49 @@ def test_highlight_and_cutout_are_the_saved_samples(window, others):
         assert step == 0.5 and np.allclose(y - y[0], -gain * (x[k, first:end] - x[k, first]))
 
 
+def test_cutouts_and_strips_are_true_to_scale_and_named():
+    rng = np.random.default_rng(3)
+    for height, gain in ((0.2, 10), (2.0, 5)):                                              # where leads would not fit
+        parts = [(rng.normal(size=(12, SAMPLES)) * height, at) for at in ((100, 194), (906, 1000))]
+        for cut, (x, (first, end)) in zip(plot.cutouts(parts), parts):
+            pulse, = cut["paths"]
+            assert f"{gain} mm/mV" in cut["texts"][0][3] and np.ptp(np.array(pulse)[:, 1]) == pytest.approx(gain)
+            for k, ((left, step, y), (x_text, y_text, _, name)) in enumerate(zip(cut["traces"], cut["texts"][1:])):
+                assert name == plot.NAMES[k] and np.allclose(np.diff(y), -gain * np.diff(x[k, first:end]))
+                assert x_text == left - 10 == 15 + 62.5 * (k // 3)                          # I II III | aVR ...
+                assert y_text - 1.4 == pytest.approx((y.max() + y.min()) / 2)               # beside its lead
+            heights = [y.mean() for _, _, y in cut["traces"][:3]]
+            assert heights == sorted(heights)
+    x, other = rng.normal(size=(2, 12, SAMPLES)) * 0.2
+    scene = plot.strips([("this", x), ("that", other)])
+    assert [text for *_, text in scene["texts"][:2]] == ["this", "that"]
+    for (_, step, y), wanted in zip(scene["traces"], (x, other)):
+        assert step == 0.5 and np.allclose(np.diff(y), -10 * np.diff(wanted[1]))
+    assert all(np.ptp(np.array(path)[:, 1]) == 10 and np.ptp(np.array(path)[2:4, 0]) == 10 for path in scene["paths"])
+
+
+def drawn(ax, number=0):
+    """The traces [n, 2] in mm of the scene that draw() put on a sheet as its `number`th."""
+    return [c for c in ax.collections if c.get_zorder() == 3][number].get_segments()
+
+
+def test_a_scene_is_drawn_where_it_was_laid_out():
+    scene = plot.clinical(heartbeats(), "partial", (433, 527), [(17, 111)])
+    fig, ax = plot.sheet(300, 150)
+    plot.draw(ax, scene, 13.5, 20)
+    lines, traces = drawn(ax), scene["traces"]
+    assert len(lines) == len(traces) + len(scene["paths"])
+    for line, (x, step, y) in zip(lines, traces):
+        assert np.allclose(line, np.column_stack([13.5 + x + step * np.arange(len(y)), 20 + y]))
+    for line, path in zip(lines[len(traces):], scene["paths"]):
+        assert np.allclose(line, np.array(path) + (13.5, 20))
+    assert {(13.5 + x, 20 + y, text) for x, y, _, text in scene["texts"]} == {
+        (*t.get_position(), t.get_text()) for t in ax.texts}
+    paper, *boxes = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in ax.patches]
+    assert {(13.5 + x, 20 + y, w, h) for x, y, w, h, _ in scene["boxes"]} == set(boxes)
+    assert paper == (13.5, 20, 270, 110)
+
+
 def test_highlight_of_the_other_kinds():
     x = heartbeats()
     assert plot.clinical(x, "global", (0, SAMPLES))["boxes"] == []
@@ -187,6 +231,114 @@ def test_matched_windows_are_those_that_the_similarity_averages(made):
             assert cosines[window] == pytest.approx(m["similarity"], abs=1e-5)
 
 
+@pytest.mark.parametrize("model", BRANCHES)
+def test_a_page_says_and_draws_what_was_computed(made, model):
+    x, kind = made.prep.signals[25], common.MODELS[model][0]
+    classifiers = plot.load_classifiers(namespace(made, model=[model]), made.prep)
+    for predicted, r in zip((True, False), plot.explain(x, classifiers, 2)):
+        r, (first, q) = {**r, "predicted": predicted}, r["prototypes"]
+        x_source = made.prep.signals[q["row"]]
+        fig = plot.page(x, x_source, "an ECG", "its labels", r, q, made.words)
+        texts = [(t.get_position()[0] > 280, t.get_text()) for t in fig.axes[0].texts]
+        assert texts[0] == (False, f"an ECG: {made.words[r['label']]}")
+        verdict = "(predicted: it reaches" if predicted else "(not predicted: it stays below"
+        assert f"probability {r['probability']:.3g} by the {model} classifier {verdict} the threshold " in texts[1][1]
+        table = texts[2][1].splitlines()
+        for p, line in zip((first, q), table[1:]):
+            assert line[0] == (">" if p is q else " ") and f"{model} {p['index']}: " in line and plot.source(p) in line
+            wanted = p["similarity"], p["mean"], p["std"], (p["similarity"] - p["mean"]) / p["std"], p["weight"]
+            found = [float(word.strip("()")) for word in line.split()[-6:]]
+            assert found == pytest.approx([*wanted, p["contribution"]], abs=0.006)
+        *terms, total = [float(line.split()[-1]) for line in table[1:]]
+        assert len(terms) == 5 and sum(terms) == pytest.approx(total, abs=0.004) == pytest.approx(r["logit"], abs=0.004)
+        names = "; ".join(made.words[c] for c in q["labels"])
+        sides = [(False, "an ECG", "its labels"), (True, f"prototype {model} {q['index']}: {plot.source(q)}", names)]
+        for i, ((right, heading, labels), ecg) in enumerate(zip(sides, (x, x_source))):
+            assert (right, heading) in texts
+            true = next(t for side, t in texts if side == right and t.startswith("true labels: "))
+            assert " ".join(true.split()).removeprefix("true labels: ")[:60] == labels[:60]
+            strip = drawn(fig.axes[0], i)[12]                                               # lead II
+            assert strip[0, 0] == pytest.approx(8 + 278 * i + 15) and np.allclose(np.diff(strip[:, 1]),
+                                                                                  -10 * np.diff(ecg[1]), atol=1e-4)
+            if kind == "partial":
+                at = slice(*(q["matched"][0]["samples"] if i == 0 else q["samples"]))
+                cut = drawn(fig.axes[0], 2 + i)[7]                                          # V2
+                ratio = np.ptp(cut[:, 1]) / np.ptp(ecg[7, at])
+                assert len(cut) == at.stop - at.start and min(abs(ratio - 5), abs(ratio - 10)) < 1e-3
+        if kind == "1d":
+            both = drawn(fig.axes[0], 2)
+            assert all(np.allclose(np.diff(line[:, 1]), -10 * np.diff(e[1]), atol=1e-4)
+                       for line, e in zip(both, (x, x_source)))
+        note = texts[-1][1]
+        assert note.endswith("For research, not for clinical use.")
+        assert ("dashed: the next 2 of the 3 whose mean" in note) == (kind == "partial") and "WARNING" not in note
+        many = {**q, "matched": q["matched"] * 10}
+        if kind == "partial":  # no more than five are drawn, and the page says of how many
+            notes = plot.page(x, x_source, "", "", r, many, made.words, ["stale"]).axes[0].texts[-1].get_text()
+            assert "dashed: the next 4 of the 30 whose mean" in notes and "WARNING" in notes
+
+
+def test_case_explains_the_ecg_that_was_asked_for(made, monkeypatch):
+    """The page's two ECGs, the labels and the logits are those of the ecg_id, from the arrays and from 04."""
+    later, logits = np.flatnonzero(made.prep.val | made.prep.test), np.load(made.run / "logits_fusion.npy")
+    shown, page = [], plot.page
+    monkeypatch.setattr(plot, "page", lambda *a: (shown.append(a), page(*a))[1])
+    row = int(np.flatnonzero(made.prep.test)[3])
+    run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--case", made.prep.ecg_ids[row], "--top", 1)
+    found = json.loads((made.run / "cases" / f"{made.prep.ecg_ids[row]}.json").read_text())
+    labels = [c for c, on in zip(CODES, made.prep.labels[row]) if on]
+    assert found["true_labels"] == labels and found["warnings"] == []
+    for r in found["labels"]:
+        of_04 = logits[later.tolist().index(row), CODES.index(r["label"])]
+        assert r["logit"] == pytest.approx(of_04, abs=2e-3)
+        assert r["predicted"] == (r["probability"] >= r["threshold"])
+    probabilities = [r["probability"] for r in found["labels"]]
+    assert probabilities == sorted(probabilities, reverse=True) and probabilities[0] > probabilities[-1]
+    assert shown
+    for x, x_source, title, true, r, q, *_ in shown:
+        assert np.array_equal(x, made.prep.signals[row]) and true == "; ".join(made.words[c] for c in labels)
+        assert np.array_equal(x_source, made.prep.signals[made.prep.row_of[q["ecg_id"]]])
+
+
+def test_a_training_ecg_is_not_explained_by_its_own_patient(made, monkeypatch):
+    """Prototypes from ECGs of its patient contribute nothing, as in the fit of Eq. (10): else it explains itself."""
+    saved = common.load_pt(made.run / "fusion.pt", "x")
+    W, b, mean, std = (saved[k].numpy().astype(float) for k in ("W", "b", "mean", "std"))
+    scores = np.concatenate([np.load(made.run / m / "scores.npy") for m in BRANCHES], 1)
+    q = prototypes(made)[0][1]
+    row = made.prep.row_of[q["ecg_id"]]
+    mine = np.array([p["ecg_id"] == q["ecg_id"] for _, p in prototypes(made)])  # each record here has its own patient
+    run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--case", q["ecg_id"], "--top", 99, "--label", q["class"])
+    r, = json.loads((made.run / "cases" / f"{q['ecg_id']}.json").read_text())["explained"]
+    c = saved["meta"]["classes"].index(q["class"])
+    X = np.where(mine, 0, (scores[row] - mean) / std)
+    assert r["logit"] == pytest.approx(W[c] @ X + b[c], abs=2e-3)
+    assert r["own_patient"] == (W[c, mine] != 0).sum() > 0
+    assert q["ecg_id"] not in {p["ecg_id"] for p in r["prototypes"]}
+    assert len(r["prototypes"]) == (W[c, ~mine] != 0).sum()
+    classifiers = plot.load_classifiers(namespace(made), made.prep)
+    other = next(o for o in plot.explain(made.prep.signals[row], classifiers, 1) if o["label"] == q["class"])
+    assert other["own_patient"] == 0
+    assert other["logit"] == pytest.approx(W[c] @ ((scores[row] - mean) / std) + b[c], abs=2e-3)
+    page = plot.page(made.prep.signals[row], made.prep.signals[row], "", "", r, {**r["prototypes"][0]}, made.words)
+    assert f"Not counted, as in training: {r['own_patient']} prototypes" in page.axes[0].texts[-1].get_text()
+
+
+def test_thresholds_are_those_of_fold_9(made, monkeypatch):
+    monkeypatch.setattr(common, "FEWEST", 1)
+    y, later = made.prep.labels[made.prep.val] > 0, made.prep.val | made.prep.test
+    logits = np.load(made.run / "logits_fusion.npy").astype(float)[made.prep.val[later]]
+    head, = plot.load_classifiers(namespace(made), made.prep)
+    judged = 0
+    for code, threshold in zip(head.classes, head.thresholds):
+        positive, score = y[:, CODES.index(code)], logits[:, CODES.index(code)]
+        if positive.any():
+            f1 = lambda t: 2 * (positive & (score >= t)).sum() / (positive.sum() + (score >= t).sum())
+            assert threshold in score.astype(np.float32) and f1(threshold) == max(map(f1, score))
+            judged += 1
+    assert judged > 2
+
+
 def test_case_writes_pages_and_all_numbers(made, monkeypatch, capsys):
     ecg_id = int(made.prep.ecg_ids[made.prep.test][0])
     run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--case", 10, ecg_id, "--top", 2)
@@ -219,7 +371,9 @@ def test_without_a_predicted_label_the_most_probable_one_is_explained(made, monk
     monkeypatch.setattr(common, "best_f1_thresholds", lambda y, s: np.full(y.shape[1], 99.0))
     run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--case", 13, "--model", "rhythm", "--top", 1)
     assert "below its threshold" in capsys.readouterr().out
-    assert len(json.loads((made.run / "cases" / "13.json").read_text())["explained"]) == 1
+    found = json.loads((made.run / "cases" / "13.json").read_text())
+    most = max(found["labels"], key=lambda r: r["probability"])
+    assert [r["label"] for r in found["explained"]] == [most["label"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,9 +406,19 @@ def test_own_record_end_to_end(made, monkeypatch, tmp_path, capsys):
     name = write_record(tmp_path, 500, 11.0)
     run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--record", f"{name}.hea", "--top", 1)
     out = capsys.readouterr().out
-    assert "11.0 s long: using the first 10 s" in out and "record own: " in out
-    found = json.loads((made.run / "cases" / "record_own.json").read_text())
-    assert found["ecg_id"] is None and found["true_labels"] is None and found["explained"]
+    assert "11.0 s long: using the first 10 s" in out and f"record {tmp_path.name}/own: "[-40:] in out
+    found = json.loads((made.run / "cases" / f"record_{tmp_path.name}-own.json").read_text())
+    assert found["ecg_id"] is None and found["true_labels"] is None and found["explained"] and found["record"] == name
+
+
+def test_own_records_of_one_name_keep_their_explanations(made, monkeypatch, tmp_path):
+    for patient in ("p1", "p2"):
+        name = write_record(tmp_path / patient)
+        run_stage(monkeypatch, "06_plot_prototypes", *made.args, "--record", name, "--top", 1)
+    found = [json.loads((made.run / "cases" / f"record_{p}-own.json").read_text()) for p in ("p1", "p2")]
+    assert [f["title"] for f in found] == ["record p1/own", "record p2/own"]
+    pages = [q["page"] for f in found for r in f["explained"] for q in r["prototypes"]]
+    assert all((made.run / "cases" / page).is_file() for page in pages)
 
 
 def broken(x, lead, at):
@@ -299,7 +463,8 @@ def test_own_record_that_is_damaged(tmp_path, damage):
     ("other prep", "made from another"), ("no model", "02_train_joint.py"),
     ("no classifier", "04_fusion.py --model rhythm"), ("stale fusion", "made from another"),
     ("no logits", "04_fusion.py"),
-    ("short logits", "of other records"), ("other projected", "03_project.py")])
+    ("short logits", "of other records"), ("other projected", "03_project.py"),
+    ("trained again", "03_project.py"), ("trained again, review", "03_project.py"), ("other fusion", "04_fusion.py")])
 def test_errors_are_one_sentence(made, monkeypatch, tmp_path, damage, says):
     run, more = tmp_path / "run", []
     shutil.copytree(made.run, run, ignore=shutil.ignore_patterns("cases", "figures"))
@@ -312,6 +477,11 @@ def test_errors_are_one_sentence(made, monkeypatch, tmp_path, damage, says):
         saved = torch.load(path, weights_only=True)
         common.save_pt(path, {**saved, "again": 1})
 
+    def narrower(path):
+        """A classifier of one prototype less, as after a training with fewer of them."""
+        saved = torch.load(path, weights_only=True)
+        common.save_pt(path, {**saved, "W": saved["W"][:, 1:], "mean": saved["mean"][1:], "std": saved["std"][1:]})
+
     {"case": lambda: more.extend(["--case", 99999]), "no prototypes": at.unlink, "json": lambda: at.write_text("{"),
      "samples": lambda: q.update(samples=[500, 500]), "source": lambda: q.update(ecg_id=1),
      "kind": lambda: record.pop("kind"), "class": lambda: q.update({"class": "<b>"}),
@@ -321,12 +491,28 @@ def test_errors_are_one_sentence(made, monkeypatch, tmp_path, damage, says):
      "stale fusion": lambda: [resave(run / "global" / "projected.pt"), more.extend(["--case", 13])],
      "no logits": lambda: [(run / "logits_fusion.npy").unlink(), more.extend(["--case", 13])],
      "short logits": lambda: [np.save(run / "logits_fusion.npy", np.zeros((3, 71))), more.extend(["--case", 13])],
-     "other projected": lambda: [record.update(projected="0"), more.extend(["--case", 13])]}[damage]()
+     "other projected": lambda: [record.update(projected="0"), more.extend(["--case", 13])],
+     "trained again": lambda: resave(run / "rhythm" / "joint.pt"),
+     "trained again, review": lambda: [resave(run / "rhythm" / "joint.pt"), more.append("--review")],
+     "other fusion": lambda: [narrower(run / "fusion.pt"), more.extend(["--case", 13])]}[damage]()
     if damage in ("samples", "source", "kind", "class", "other prep", "other projected"):
         at.write_text(json.dumps(record))
     with pytest.raises(SystemExit) as error:
         run_stage(monkeypatch, "06_plot_prototypes", *made.args[:3], run, *more)
     assert says in sentence(error)
+
+
+def test_what_was_forced_is_said_on_the_pages(made, monkeypatch, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run, ignore=shutil.ignore_patterns("cases", "figures"))
+    saved = torch.load(run / "global" / "joint.pt", weights_only=True)
+    common.save_pt(run / "global" / "joint.pt", {**saved, "again": 1})
+    flags = [*made.args[:3], run, "--force"]
+    run_stage(monkeypatch, "06_plot_prototypes", *flags, "--case", 13, "--top", 1)
+    warning, = json.loads((run / "cases" / "13.json").read_text())["warnings"]
+    assert "made from another" in warning and "joint.pt" in warning and warning in capsys.readouterr().err
+    run_stage(monkeypatch, "06_plot_prototypes", *flags, "--model", "global", "--threads", 1)
+    assert f"WARNING: {warning}" in Tags((run / "figures" / "gallery.html").read_text()).text
 
 
 def test_command_line(made, monkeypatch, capsys):
@@ -387,6 +573,18 @@ def test_gallery_shows_every_prototype_and_escapes_hostile_text(made, pages):
             assert image.width == 297 * 5 and abs(image.height - 5 * height) <= 1           # 297 mm at 5 pixels per mm
 
 
+def test_a_picture_shows_its_prototypes_ecg(made, monkeypatch, tmp_path):
+    scenes, draw = [], plot.draw
+    monkeypatch.setattr(plot, "draw", lambda ax, scene, *a: (scenes.append(scene), draw(ax, scene, *a)))
+    record = plot.load_prototypes("morphology", namespace(made), made.prep)
+    for q in record["prototypes"][1:3]:
+        x = made.prep.signals[made.prep.row_of[q["ecg_id"]]]
+        plot.picture((tmp_path / "p.png", made.prep.path.parent, q, "title", "below"))
+        whole, cut = scenes[-2:]
+        assert np.allclose(np.diff(whole["traces"][12][2]), -10 * np.diff(x[1]), atol=1e-4)
+        assert len(cut["traces"][0][2]) == q["samples"][1] - q["samples"][0]
+
+
 def test_pictures_of_an_earlier_run_do_not_stay(made, pages, monkeypatch):
     old = made.run / "figures" / "rhythm" / "OLD_0999.png"
     old.write_bytes(b"")
@@ -441,6 +639,13 @@ def test_review_in_a_browser(browser, pages, made, tmp_path):
     total = len(prototypes(made))
     assert find("progress").text == f"0 of {total} rated" and len(browser.find_elements(By.TAG_NAME, "svg")) >= 1
     assert browser.find_elements(By.TAG_NAME, "img") == [] and "words of" in find("title").text
+    first = min(prototypes(made), key=lambda mq: CODES.index(mq[1]["class"]))
+    scene = plot.scenes_of({**first[1], "kind": common.MODELS[first[0]][0]},
+                           made.prep.signals[made.prep.row_of[first[1]["ecg_id"]]])[0]
+    path = js("return [...document.querySelector('svg').querySelectorAll('path')].at(-1).getAttribute('d')")
+    lines = scene["paths"] + [np.column_stack([x + step * np.arange(len(y)), y]) for x, step, y in scene["traces"]]
+    points = np.array([[float(number) for number in re.split("[ ,]", p)] for p in re.split("[ML]", path)[1:]])
+    assert np.allclose(points, np.concatenate(lines), atol=0.011)                           # mm, as laid out
     for w, h in ((1280, 800), (1024, 768), (768, 1024)):                                    # laptop, tablet
         size(w, h)
         assert js("return document.documentElement.scrollWidth <= innerWidth")

@@ -56,6 +56,9 @@ def test_paper_recipe_has_the_authors_numbers():
     assert common.without_contrastive(Config()).lambdas == (*Config().lambdas[:3], 0.0)
     assert (PAPER.lr, PAPER.batch, PAPER.dropout, PAPER.weight_decay, PAPER.seed) == (1e-4, 32, 0.35, 1.7e-4, 42)
     assert not PAPER.scale_input and PAPER.add_on == "sigmoid" and PAPER.head == "frozen" and PAPER.rounds == 2
+    assert (PAPER.optimizer, PAPER.scheduler, PAPER.epochs, PAPER.patience) == ("adam", "cosine", 200, 10)
+    assert (PAPER.start, PAPER.prototypes, PAPER.pool, PAPER.class_weights) == ("imagenet", "random", "mean", True)
+    assert not (PAPER.augment or PAPER.project_every or PAPER.unique or PAPER.blackbox_ema) and PAPER.own_patient
 
 
 @pytest.mark.parametrize("recipe", common.RECIPES)
@@ -469,6 +472,19 @@ def test_dropout_stands_before_the_last_stage():
     assert torch.equal(after[~dropped], 2 * before[~dropped])
 
 
+@pytest.mark.parametrize("pool, share", [("meanmax", 0.5), ("mean", 0.0)])
+def test_a_black_box_of_two_poolings_has_dropout_before_its_head(pool, share):
+    net, heads = common.BlackBox(["SR", "AFIB"], Config(width=8, pool=pool, dropout=0.0)), []
+    net.head.register_forward_pre_hook(lambda m, i: heads.append(i[0]))
+    x = random(8, 12, 1000, dtype=torch.float32)
+    pooled = net.train()(x)[1]
+    dropped = (heads[0] == 0) & (pooled != 0)
+    assert abs(dropped.float().sum() / (pooled != 0).sum() - share) < 0.1
+    assert torch.equal(heads[0][~dropped], pooled[~dropped] / (1 - share))
+    pooled = net.eval()(x)[1]
+    assert torch.equal(heads[1], pooled)
+
+
 def test_imagenet_weights_need_the_full_width(both_networks):
     with pytest.raises(ValueError, match="64"):
         common.ResNet18(width=32).load_imagenet(both_networks[0].state_dict())
@@ -646,6 +662,50 @@ def test_projection_stage_does_not_depend_on_record_order(tiny_prep, tmp_path, m
             with_twins += len(same) > 1
     assert with_twins
     assert torch.equal(result[0][0], result[1][0]) and result[0][1] == result[1][1]
+
+
+@pytest.mark.parametrize("model", common.BRANCHES)
+def test_what_03_says_of_prototypes(tiny_prep, tmp_path, monkeypatch, model):
+    """Place and labels from the arrays, cost from the two models themselves."""
+    prep = tiny_prep()
+    joint = write_joint(tmp_path / "run", prep, model)
+    run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu")
+    before, after = (common.load_model(f, "")[0] for f in (joint, joint.with_name("projected.pt")))
+    found = json.loads(joint.with_name("prototypes.json").read_text())
+    others = 0
+    for q in found["prototypes"]:
+        for place in (q, *q["runners_up"]):
+            centre = 32 * (place["window"] + 1)
+            assert place["samples"] == ([max(0, centre - 47), min(1000, centre + 47)] if before.kind == "partial"
+                                        else [0, 1000])
+            labels = prep.labels[prep.row_of[place["ecg_id"]]]
+            assert place["labels"] == [c for c, on in zip(CODES, labels) if on]
+            others += not {*place["labels"]} <= {*after.classes}
+    assert others                                                              # labels of other branches are told too
+    unit = [torch.nn.functional.normalize(net.p.detach().double().flatten(1)) for net in (before, after)]
+    cosine = (unit[0] * unit[1]).sum(1).numpy()
+    assert [q["similarity"] for q in found["prototypes"]] == pytest.approx(cosine, abs=1e-5)
+    assert found["gap"] == pytest.approx((1 - cosine).mean(), abs=1e-5)
+    assert found["distinct"] == len({(q["class"], q["ecg_id"], q["window"]) for q in found["prototypes"]})
+    assert found["records"] == len({q["ecg_id"] for q in found["prototypes"]})
+    val = np.flatnonzero(prep.val)
+    for when, net in (("before", before), ("after", after)):
+        logits = common.batched(lambda x: net(x)[0], prep, val, "cpu")
+        assert found[f"val_auroc_{when}"] == pytest.approx(
+            common.macro_auroc(prep.labels[val][:, common.columns(net.classes)], logits.numpy()))
+
+
+@pytest.mark.parametrize("flags, windows", [([], 2), (["--unique"], 2), (["--no-unique"], 1)])
+def test_whether_windows_may_repeat_is_a_flag(tiny_prep, tmp_path, monkeypatch, flags, windows):
+    path = write_joint(tmp_path / "run", tiny_prep())
+    saved = torch.load(path, weights_only=True)
+    saved["state"]["p"][1] = saved["state"]["p"][0]                            # the class's two prototypes are the same
+    common.save_pt(path, saved)
+    run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", tmp_path / "run", *flags)
+    found = json.loads(path.with_name("prototypes.json").read_text())
+    first, second = found["prototypes"][:2]
+    assert first["class"] == second["class"] and len({q["ecg_id"] for q in (first, second)}) == windows
+    assert found["unique"] == (windows == 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
