@@ -17,6 +17,7 @@ Takes 2.5 minutes where an answer takes 0.1 s (32 files at once), longer on a li
 --check takes 0.1 and --demo 0.2 minutes. No GPU needed.
 Last line: `data/ptbxl: 43,600 files complete and verified`.
 """
+import base64
 import hashlib
 import http.client
 import os
@@ -29,7 +30,7 @@ import threading
 import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from tqdm import tqdm
@@ -199,9 +200,8 @@ class Client:
 
 
 def connect(parts):
-    """An https connection to the host of a split URL, through the system's proxy if there is one.
-
-    Plain http goes to 127.0.0.1 only, where the tests run a server.
+    """An https connection to the host of a split URL, through the system's proxy (http://[user:password@]host[:port])
+    if there is one. Plain http goes to 127.0.0.1 only, where the tests run a server.
     """
     if parts.scheme == "http" and parts.hostname == "127.0.0.1":
         return http.client.HTTPConnection(parts.netloc, timeout=TIMEOUT)
@@ -210,9 +210,14 @@ def connect(parts):
     proxy = None if proxy_bypass(parts.hostname) else getproxies().get("https")
     if not proxy:
         return http.client.HTTPSConnection(parts.netloc, timeout=TIMEOUT, context=TLS)
-    via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    connection = http.client.HTTPSConnection(via.hostname, via.port or 80, timeout=TIMEOUT, context=TLS)
-    connection.set_tunnel(parts.hostname, parts.port or 443)
+    try:
+        via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        connection = http.client.HTTPSConnection(via.hostname, via.port or 80, timeout=TIMEOUT, context=TLS)
+    except ValueError as e:
+        raise Refused(f"the system's proxy for https is none: {e}")
+    login = f"{unquote(via.username or '')}:{unquote(via.password or '')}".encode()
+    headers = {"Proxy-Authorization": f"Basic {base64.b64encode(login).decode()}"} if via.username else {}
+    connection.set_tunnel(parts.hostname, parts.port or 443, headers)
     return connection
 
 
@@ -278,7 +283,7 @@ def fetch_all(todo, folder, mirrors):
         print(*[f"failed: {failure}" for failure in failures[:10]], sep="\n", file=sys.stderr)
         untried = f" ({left:,} were not tried)" if left else ""
         again = "check the network and run the same command again to fetch only what is missing"
-        if any("wrong checksum" in failure for failure in failures):
+        if any("wrong checksum" in failure for failure in failures) and (folder / SUMS).exists():
             again += f"; if checksums stay wrong, delete {SUMS}, which may be damaged"
         sys.exit(f"{folder}: {len(failures):,} of {len(todo):,} files could not be fetched{untried}: {again}")
 
@@ -288,8 +293,9 @@ def fetch_all(todo, folder, mirrors):
 
 def download(folder):
     """Make `folder` the whole 100 Hz part of PTB-XL and return its `files`; what is there and right stays."""
-    for leftover in [*folder.glob(".*.tmp"), *folder.glob(f"{RECORDS}*/.*.tmp")]:  # of a run that was killed
-        leftover.unlink(missing_ok=True)
+    if is_synthetic(folder):
+        sys.exit(f"{folder} holds synthetic records: name another folder for PTB-XL with --data, or make them whole "
+                 f"with `python 00_download.py --data {folder} --synthetic N`")
     if not (folder / SUMS).exists():
         print(LICENCE)
         fetch_all({SUMS: None}, folder, MIRRORS)
@@ -311,10 +317,15 @@ def download_imagenet(folder):
     print(f"{folder / name}: complete and verified")
 
 
+def is_synthetic(folder):
+    """Whether the table of records in `folder` is one of --synthetic."""
+    table = folder / TABLES[0]
+    return table.is_file() and "SYNTHETIC" in table.read_text(encoding="utf-8", errors="replace")
+
+
 def write_synthetic(folder, n):
     """Make `folder` `n` records of tests/synthetic.py and return its `files`; a whole set stays, a real one is safe."""
-    table = folder / TABLES[0]
-    ours = table.is_file() and "SYNTHETIC" in table.read_text(encoding="utf-8", errors="replace")
+    ours = is_synthetic(folder)
     if not ours and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         sys.exit(f"{folder} holds something other than synthetic records: name an empty or new folder with --data")
     files = read_sums(folder) if ours and (folder / SUMS).is_file() else {}
@@ -323,10 +334,14 @@ def write_synthetic(folder, n):
     else:
         sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
         from synthetic import write_dataset  # here, because nothing else in the stages needs it
-        write_dataset(folder, n, SYNTHETIC_SEED, True)
+        try:
+            write_dataset(folder, n, SYNTHETIC_SEED, True)
+        except OSError as e:
+            if e.errno is None:  # numpy, which wfdb writes with, says only how many items it could not write
+                sys.exit(f"{folder} cannot be written, perhaps because the disk is full ({e}): free some space and run "
+                         "the same command again")
+            raise
         files = read_sums(folder)
-        for name in extras(folder, files):  # of a larger set that was here
-            (folder / name).unlink()
     return files
 
 
@@ -340,10 +355,14 @@ def main():
     n = 600 if args.demo and args.synthetic is None else args.synthetic
     if n is not None and n < 1:
         p.error("--synthetic must be at least 1")
+    if args.check and args.imagenet:
+        p.error("--check fetches nothing: leave --imagenet out, which checks the weights itself")
     if n is not None and args.data == Path("data/ptbxl"):
         args.data = Path("data/synthetic")
+    if args.synthetic is not None:
+        common.given[:] = [f" --data {args.data}", f" --synthetic {n}"]  # what a message says to run again
 
-    if args.imagenet and not args.check:
+    if args.imagenet:
         download_imagenet(args.data.parent)
     if args.check:
         files = check(args.data)

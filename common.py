@@ -545,7 +545,8 @@ def process_pool(args):
     """Yield an executor of as many processes as --threads allows. When the block ends, what they have not begun they
     never begin, and one that does not come back within PATIENCE seconds (a stuck disk) is killed.
     (A multiprocessing.Pool can wait for ever, once a task has failed or a process was killed.)"""
-    workers = min(args.threads or multiprocessing.cpu_count(), multiprocessing.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those that are ours
+    workers = min(args.threads or cores, cores)
     context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
     pool = ProcessPoolExecutor(workers, context, begin_worker)
     results = pool._result_queue

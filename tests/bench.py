@@ -9,9 +9,10 @@ the recipe, after which it projects the prototypes and solves the head.
 
 Seconds are wall-clock of the whole process (import of torch included), for an epoch those that 02 prints for the last
 of --epochs epochs (fold 9 included, whose FLOP are not counted). FLOP are counted by torch for forward and backward
-pass of the network; the peak is the best of five square matrix products in the type that training uses. Memory is the
-largest resident set of a process, on a GPU what torch had allocated at most. Without --whole, 03 to 06 work on models
-that were trained for --epochs epochs only. Let nothing else run meanwhile.
+pass of the network; the peak is the best of six square matrix products in the type that training uses. Memory is the
+largest resident set of a process (of the first rhythm epoch: of the black box that it starts from), on a GPU what torch
+had allocated at most. Without --whole, 03 to 06 work on models that were trained for one epoch, and their black boxes
+for --epochs. Let nothing else run meanwhile.
 """
 import argparse
 import importlib
@@ -53,7 +54,7 @@ def run(script, *flags):
 
 
 def matrix_peak(device, dtype):
-    """FLOP/s of the best of five products of square matrices."""
+    """FLOP/s of the best of six products of square matrices."""
     n, best = (8192 if device.type == "cuda" else 2048), 0
     a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(6):
@@ -79,13 +80,12 @@ def step_flop(model, width):
     return counter.get_total_flops() / n
 
 
-def measure(args):
+def measure(args, work):
     """All rows of the table, as a list of dicts, with the machine they are of."""
     device = torch.device(args.device)
     fast = importlib.import_module("02_train_joint").bfloat16_is_fast(device)
     peak = matrix_peak(device, torch.bfloat16 if fast else torch.float32)
-    rows, work = [], Path(args.work or tempfile.mkdtemp(prefix="bench-"))
-    data, prep = Path(args.data), work / "prep"
+    rows, data, prep = [], Path(args.data).resolve(), work / "prep"
     shared = ["--data", data, "--prep", prep, "--device", args.device]
     shared += ["--threads", args.threads] if args.threads else []
 
@@ -159,7 +159,7 @@ def readme():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="data/ptbxl", help="folder of the PTB-XL records (default data/ptbxl)")
+    p.add_argument("--data", default=ROOT / "data" / "ptbxl", help="folder of the PTB-XL records (default data/ptbxl)")
     p.add_argument("--synthetic", type=int, metavar="N", help="time on N synthetic records instead")
     p.add_argument("--width", type=int, default=common.Config().width, help="width of the network (default 64)")
     p.add_argument("--epochs", type=int, default=2, help="epochs of each timed training (default 2)")
@@ -174,7 +174,8 @@ def main():
         return readme()
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = measure(args)
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        found = measure(args, Path(args.work or temporary).resolve())
     if args.save:
         common.save_json(ROOT / "tests" / "results" / "bench" / f"{args.save}.json", found)
     print(json.dumps(found))

@@ -23,11 +23,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the backg
 torch.set_num_threads(1)  # the tensors here are small: on a busy machine threads would only wait for each other
 threadpool_limits(1, user_api="blas")
 
-# no time limit per example (the machine may be busy), no .hypothesis folder, the same examples in every run
+# no time limit per example (the machine may be busy), none kept, the same examples in every run
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
 settings.load_profile("tests")
 
-PTBXL = Path(os.environ["PTBXL_DIR"]) if os.environ.get("PTBXL_DIR") else None
+PTBXL = Path(os.environ["PTBXL_DIR"]).resolve() if os.environ.get("PTBXL_DIR") else None
 needs_ptbxl = pytest.mark.skipif(PTBXL is None, reason="PTBXL_DIR does not name the unpacked PTB-XL")
 
 

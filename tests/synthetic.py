@@ -1,16 +1,17 @@
 """A synthetic stand-in for PTB-XL v1.0.3 (100 Hz part): same folders, same columns, invented patients, 15 MB.
 
-    python tests/synthetic.py OUT [N]        # N records (default 600), about 10 s on one CPU core
-    python 00_download.py --synthetic [N]    # the same, into data/synthetic
+    python 00_download.py --synthetic [N]    # N records (default 600) into data/synthetic, 10 s on one CPU core
 
 Every heart beat is a handful of Gaussian waves of a three-dimensional heart dipole (a vectorcardiogram), projected on
 the leads; every label used changes those waves or their timing the way the textbook says, so a network can learn it.
 All 16 rhythm labels, 3 global ones and 28 of the 52 morphology labels occur. Nothing here comes from a patient: use it
 to see that the code runs and learns, never to report accuracy.
 """
-import argparse
 import csv
 import hashlib
+import io
+import os
+import shutil
 from collections import Counter
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -345,10 +346,21 @@ def database_row(ecg_id: int, patient: int, codes: tuple[str, ...], fold: int, s
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one step: on a full disk or at a kill there is no half of it."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_dataset(folder: Path, n: int = 600, seed: int = 0, progress: bool = False) -> None:
@@ -358,11 +370,12 @@ def write_dataset(folder: Path, n: int = 600, seed: int = 0, progress: bool = Fa
     """
     folder = Path(folder)
     table, statements, sums = (folder / name for name in ("ptbxl_database.csv", "scp_statements.csv", "SHA256SUMS.txt"))
-    # A smaller table than that is the stump of an interrupted run.
-    if table.exists() and table.stat().st_size > 1000 and "SYNTHETIC" not in table.read_text(encoding="utf-8"):
+    if table.exists() and "SYNTHETIC" not in table.read_text(encoding="utf-8"):
         raise SystemExit(f"{table} is not synthetic and is left as it is; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     sums.unlink(missing_ok=True)
+    if table.exists():  # a kill from here on must not leave ECGs of one plan beside the table of another
+        shutil.rmtree(folder / "records100", ignore_errors=True)
 
     rng = np.random.default_rng(seed)
     records = plan_records(n)
@@ -384,15 +397,5 @@ def write_dataset(folder: Path, n: int = 600, seed: int = 0, progress: bool = Fa
         wfdb.wrsamp(name, fs=FS, units=["mV"] * 12, sig_name=list(LEADS), d_signal=np.rint(x.T * 1000).astype(int),
                     fmt=["16"] * 12, adc_gain=[1000.0] * 12, baseline=[0] * 12, write_dir=str(where))
         written += [where / f"{name}.dat", where / f"{name}.hea"]
-    sums.write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.relative_to(folder).as_posix()}\n"
-                            for path in written))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("n", type=int, nargs="?", default=600, help="number of records (default 600)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    write_dataset(arguments.out, arguments.n, arguments.seed, progress=True)
-    print(f"{arguments.n} synthetic records -> {arguments.out}")
+    write_whole(sums, "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.relative_to(folder).as_posix()}\n"
+                              for path in written))

@@ -2,11 +2,13 @@
 
 The slow one (10,000 files) runs with `-m slow`. `PTBXL_DIR=folder` adds a check of the real records.
 """
+import base64
 import hashlib
 import importlib.util
 import json
 import ntpath
 import os
+import platform
 import posixpath
 import random
 import resource
@@ -28,8 +30,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import PTBXL, ROOT, needs_ptbxl
+
 SPEC = importlib.util.spec_from_file_location("stage_download", ROOT / "00_download.py")
 stage = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(stage)
@@ -273,9 +275,10 @@ def test_resume_fetches_only_what_is_missing_or_altered(world):
     (world.folder / cut).write_bytes(world.files[cut][:100])
     (world.folder / flipped).write_bytes(world.files[kept])
     (world.folder / gone).unlink()
-    for leftover in (world.folder / ".SHA256SUMS.txt.123.tmp", (world.folder / RECORD).with_name(".7_lr.dat.1.tmp")):
-        leftover.write_bytes(b"half")
-    assert world.download().ok and tree(world.folder) == world.files
+    leftover, mine = (world.folder / cut).with_name(f".7_lr.dat.99999999@{platform.node()}.tmp"), ".notes.tmp"
+    leftover.write_bytes(b"half")
+    (world.folder / mine).write_bytes(b"of somebody else")
+    assert world.download().ok and tree(world.folder) == {**world.files, mine: b"of somebody else"}
     assert world.a.asked == {cut: 1, flipped: 1, gone: 1}
 
 
@@ -523,6 +526,15 @@ def test_only_https_leaves_this_machine(monkeypatch):
     connection = stage.connect(urlsplit(stage.MIRRORS[1]))
     assert (connection.host, connection.port, connection._tunnel_host) == ("proxy.example.org", 3128, "physionet.org")
     assert connection._context is stage.TLS
+    assert not connection._tunnel_headers
+    monkeypatch.setenv("https_proxy", "http://some%40one:pass:word@proxy.example.org:3128")
+    connection = stage.connect(urlsplit(stage.MIRRORS[1]))
+    kind, login = connection._tunnel_headers["Proxy-Authorization"].split()
+    assert connection.host == "proxy.example.org" and kind == "Basic"
+    assert base64.b64decode(login) == b"some@one:pass:word"
+    monkeypatch.setenv("https_proxy", "http://proxy.example.org:80a")
+    with pytest.raises(stage.Refused, match="80a"):
+        stage.connect(urlsplit(stage.MIRRORS[1]))
     monkeypatch.setenv("no_proxy", "physionet.org")
     assert stage.connect(urlsplit(stage.MIRRORS[1])).host == "physionet.org"
 
@@ -564,6 +576,30 @@ def test_synthetic_writes_keeps_and_mends(world):
     assert not world.a.asked
 
 
+def test_remedy_for_a_synthetic_set_is_never_to_fetch_ptbxl(world):
+    folder = Path("data/synthetic")
+    run = world.command("--check", "--synthetic", 3)  # there is none
+    assert not run.ok and "`python 00_download.py --data data/synthetic --synthetic 3`" in run.message
+    assert world.command("--synthetic", 3).ok
+    (folder / "SHA256SUMS.txt").unlink()  # as a killed run leaves it
+    before = tree(folder)
+    run = world.command("--data", folder)  # what 01 says to do
+    assert not run.ok and f"--data {folder} --synthetic N" in run.message and tree(folder) == before
+    assert not world.a.asked and not world.b.asked
+
+
+def test_full_disk_that_numpy_does_not_name_is_one_sentence(world, monkeypatch):
+    def full(*_, **__):
+        raise OSError("12000 requested and 0 written")  # without an errno
+
+    import wfdb
+    with monkeypatch.context() as patch:
+        patch.setattr(wfdb, "wrsamp", full)
+        run = world.command("--synthetic", 3)
+    assert not run.ok and "data/synthetic cannot be written" in run.message and "\n" not in run.message
+    assert world.command("--synthetic", 3).ok
+
+
 def test_synthetic_leaves_real_records_alone(world):
     put(world.folder, world.files)
     run = world.command("--synthetic", 3, "--data", world.folder)
@@ -594,7 +630,7 @@ def test_help_and_usage_errors(capsys, monkeypatch):
     assert done.returncode == 0 and not done.stderr
     for text in ("--check", "--imagenet", "--synthetic", "--data", "Last line", "minutes"):
         assert text in done.stdout
-    for argv in (["--synthetic", "0"], ["--synthetic", "many"], ["--nonsense"]):
+    for argv in (["--synthetic", "0"], ["--synthetic", "many"], ["--nonsense"], ["--check", "--imagenet"]):
         monkeypatch.setattr(sys, "argv", ["00_download.py", *argv])
         with pytest.raises(SystemExit) as e:
             stage.main()
@@ -629,8 +665,8 @@ def test_ten_thousand_files_in_bounded_memory_and_handles(world):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 60_000  # kB
 
 
-@pytest.mark.skipif("PTBXL_DIR" not in os.environ, reason="needs PTBXL_DIR, the folder of the real records")
+@needs_ptbxl
 def test_real_records(world, monkeypatch):
     monkeypatch.setattr(stage, "FILES", 43_600)
-    run = world.command("--check", "--data", os.environ["PTBXL_DIR"])
-    assert run.ok and run.last == f"{os.environ['PTBXL_DIR']}: 43,600 files complete and verified"
+    run = world.command("--check", "--data", PTBXL)
+    assert run.ok and run.last == f"{PTBXL}: 43,600 files complete and verified"

@@ -119,6 +119,38 @@ def test_interrupted_run_leaves_no_checksums(tmp_path, monkeypatch):
     assert not (tmp_path / "SHA256SUMS.txt").exists()
 
 
+def test_killed_run_of_another_size_leaves_no_ecg_of_the_old_plan(tmp_path, monkeypatch):
+    """They would stand beside the new table, whose labels are not theirs, and 01 could not know."""
+    write_dataset(tmp_path, n=4)
+    write, written = synthetic.wfdb.wrsamp, []
+
+    def twice(name, **more):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(name, **more)
+
+    monkeypatch.setattr(synthetic.wfdb, "wrsamp", twice)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, n=3)
+    assert sorted(p.stem for p in tmp_path.rglob("*.dat")) == written == ["00001_lr", "00002_lr"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_full_disk_leaves_no_half_of_a_table(tmp_path, monkeypatch):
+    def full(path, text, **more):
+        with open(path, "w") as f:
+            f.write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError):
+            write_dataset(tmp_path, n=2)
+    assert list(tmp_path.iterdir()) == []
+    write_dataset(tmp_path, n=2)
+
+
 def test_real_data_are_never_overwritten(tmp_path):
     (tmp_path / "ptbxl_database.csv").write_text("ecg_id,device\n" + "1,CS-12   E\n" * 200)
     with pytest.raises(SystemExit, match="not synthetic"):
