@@ -177,7 +177,8 @@ def load_run(run, prep, force):
         round_, newest = common.newest(run / name, "joint", maker)
         joint[name] = {**load_json(newest.with_suffix(".json"), maker, "config", "device", "seconds"), "round": round_}
         joint[name]["seconds"] = sum(load_json(f.with_suffix(".json"), maker, "seconds")["seconds"]  # of all rounds
-                                     for f in newest.parent.glob("joint*.pt"))
+                                     for f in newest.parent.glob("joint*.pt")
+                                     if re.fullmatch(r"joint(_r\d+)?", f.stem))  # as common.newest: copies are none
         if name not in BOXES:
             found = load_json(run / name / "prototypes.json", common.command("03_project.py", name), "inputs")
             forced = any(f"another {newest}:" in w for w in models[name].get("warnings", []))   # in 04, which says so
@@ -771,15 +772,19 @@ def tables_of(title, some):
 def readme():
     """Write the tables of tests/results/*.json between README.md's markers, pooling runs that differ in seed."""
     keys = "recipe seed width contrastive config counts predictions differences cost trained hardware".split()
-    runs = [load_json(f, "05_evaluate.py --save NAME", *keys)
-            for f in sorted((HERE / "tests" / "results").glob("*.json"), key=lambda f: f.stat().st_mtime)]
-    path = HERE / "README.md"
+    files = sorted((HERE / "tests" / "results").glob("*.json"))
+    runs, path, seen = [load_json(f, "05_evaluate.py --save NAME", *keys) for f in files], HERE / "README.md", {}
     if not runs:
         sys.exit("tests/results holds no run: write one with `python 05_evaluate.py --save NAME` first")
+    for f, r in zip(files, runs):
+        key = r["recipe"], r["width"], r["counts"]["test"], changed(r), r["contrastive"], r["seed"]
+        if key in seen:
+            sys.exit(f"{seen[key]} and {f} are of the same settings and seed: delete the one that does not count")
+        seen[key] = f
     same = {}  # runs that differ in nothing but seed and contrastive loss; of a recipe, the fewest changes come first
     runs.sort(key=lambda r: (r["recipe"], -r["width"], r["counts"]["test"], len(changed(r)), changed(r),
                              not r["contrastive"], r["seed"]))
-    for r in runs:  # of two with the same settings and seed, the newer file counts
+    for r in runs:
         what = f"{r['recipe']} recipe, width {r['width']}"
         what += f", {r['counts']['test']:,} test records" * (r["counts"]["test"] != 2198)
         same.setdefault((what, ", ".join(changed(r))), []).append(r)

@@ -798,17 +798,21 @@ def test_training_stops_when_fold_9_has_not_improved_for_patience_epochs(tiny_pr
 
 
 def test_a_black_box_is_the_moving_average_of_its_weights(tiny_prep, tmp_path, monkeypatch):
-    """Against the recursion written out, from the weights after every step."""
+    """Against the recursion written out, from the weights after every step; joint.pt holds the average."""
     tiny_prep()
     seen, step = [], torch.optim.AdamW.step
 
     def watched(optimizer, *a, **k):
+        weights = optimizer.param_groups[0]["params"][0].detach()
+        seen.extend([weights.double().clone()] * (not seen))
         out = step(optimizer, *a, **k)
-        seen.append(optimizer.param_groups[0]["params"][0].detach().double().clone())
+        seen.append(weights.double().clone())
         return out
 
+    values = itertools.count()  # every epoch is better
+    monkeypatch.setattr(stage("02_train_joint"), "validate", lambda *_: next(values))
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    for ema in (0.9, 0.0):
+    for ema in (0.3, 0.0):
         seen.clear()
         run = train(monkeypatch, tmp_path, f"run{ema}", "--model", "blackbox-rhythm", "--blackbox-epochs", 2,
                     "--blackbox-ema", ema, "--head", "free")
@@ -818,8 +822,78 @@ def test_a_black_box_is_the_moving_average_of_its_weights(tiny_prep, tmp_path, m
         if not ema:
             torch.testing.assert_close(last["average"][name], last["model"][name])
             continue
-        moved = [(last["average"][name].double() - w).abs().mean() for w in seen]
-        assert 0 < moved[-1] and min(moved) < moved[0]  # behind the last weights, far from the first
+        average, decays = seen[0], []
+        for t, w in enumerate(seen[1:], start=3):  # three steps an epoch, the first of which counts as the second
+            decays.append(min(ema, t / (10 + t)))
+            average = decays[-1] * average + (1 - decays[-1]) * w
+        assert decays[0] < ema == decays[-1] and not torch.allclose(average, seen[-1], atol=1e-6)
+        torch.testing.assert_close(last["average"][name].double(), average, atol=1e-6, rtol=1e-5)
+        assert torch.equal(weights(run / "blackbox-rhythm" / "joint.pt")[name], last["average"][name])
+
+
+@pytest.mark.parametrize("model", ["rhythm", "blackbox-rhythm"])
+def test_epochs_are_judged_on_fold_9(tiny_prep, tmp_path, monkeypatch, model):
+    """By the weights that joint.pt holds, over all of fold 9 and nothing else."""
+    prep = tiny_prep(n=120)
+    run = train(monkeypatch, tmp_path, "run", "--model", model, "--start", "random", "--head", "free",
+                "--project-every", 0, "--own-patient", "yes", "--lr", 0.01)
+    net, meta = common.load_model(run / model / "joint.pt", "")
+    own, auroc = common.columns(net.classes), {}
+    for fold, rows in (("val", prep.val), ("train", prep.train)):
+        logits = common.batched(lambda x: net(x)[0], prep, np.flatnonzero(rows), "cpu").numpy()
+        auroc[fold] = common.macro_auroc(prep.labels[rows][:, own], logits)
+    assert meta["val_auroc"] == pytest.approx(auroc["val"], abs=1e-6) != pytest.approx(auroc["train"], abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["yes", "no"])
+def test_whether_leads_are_scaled_is_a_setting(tiny_prep, tmp_path, monkeypatch, scale):
+    prep = tiny_prep()
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--blackbox-epochs", 1, "--epochs", 0,
+                "--scale-input", scale)
+    for model in ("rhythm", "blackbox-rhythm"):
+        scaler = common.load_model(run / model / "joint.pt", "")[0].scaler
+        wanted = prep.info["scaler"] if scale == "yes" else {"mean": [0.0] * 12, "std": [1.0] * 12}
+        assert scaler.mean.flatten().tolist() == pytest.approx(wanted["mean"])
+        assert scaler.std.flatten().tolist() == pytest.approx(wanted["std"])
+
+
+@pytest.mark.parametrize("head, moves", [("frozen", False), ("free", True)])
+def test_a_frozen_head_stays_as_the_authors_set_it(tiny_prep, tmp_path, monkeypatch, head, moves):
+    tiny_prep()
+    values = itertools.count()
+    monkeypatch.setattr(stage("02_train_joint"), "validate", lambda *_: next(values))
+    run = train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--head", head, "--lr", 0.01)
+    net = common.load_model(run / "rhythm" / "joint.pt", "")[0]
+    start = torch.where(net.p_class == torch.arange(len(net.classes))[:, None], 1.0, -0.5)
+    assert torch.equal(net.head.weight, start) != moves
+
+
+def test_a_start_from_imagenet_has_its_weights(tiny_prep, tmp_path, monkeypatch):
+    tiny_prep()
+    state = common.ResNet18(64).state_dict()
+    saved = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in state.items()}
+    saved = {k: v.abs() + 0.5 if k.endswith("running_var") else v for k, v in saved.items()}
+    square = {k: v[:, :, None].expand(-1, -1, 3, -1) if v.ndim == 3 else v for k, v in saved.items()}
+    torch.save(square, tmp_path / "resnet18.pth")
+    run = train(monkeypatch, tmp_path, "run", "--model", "global", "--start", "imagenet", "--prototypes", "random",
+                "--width", 64, "--epochs", 0, "--imagenet", tmp_path / "resnet18.pth")
+    got = weights(run / "global" / "joint.pt")
+    for k, v in saved.items():
+        if not k.endswith("num_batches_tracked"):
+            assert torch.equal(got[f"backbone.{k}"], v) == (k != "conv1.weight"), k  # the 12-lead stem stays random
+
+
+def test_class_weights_reach_the_loss_of_a_black_box(tiny_prep, tmp_path, monkeypatch):
+    prep = tiny_prep()
+    each, bce = [], torch.nn.functional.binary_cross_entropy_with_logits
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits",
+                        lambda *a, **k: each.append(bce(*a, **k)) or each[-1])
+    run = train(monkeypatch, tmp_path, "run", "--model", "blackbox-rhythm", "--blackbox-epochs", 1, "--head", "free",
+                "--class-weights", "yes")
+    classes = common.load_model(run / "blackbox-rhythm" / "joint.pt", "")[0].classes
+    y = prep.labels[prep.train][:, common.columns(classes)]
+    w = torch.from_numpy((len(y) - y.sum(0)) / y.sum(0))
+    assert log_of(run, "blackbox-rhythm")[0]["bce"] == pytest.approx(np.mean([(w * e.detach()).mean() for e in each]))
 
 
 def test_prototypes_are_projected_after_each_epoch_and_kept_as_they_were_before(tiny_prep, tmp_path, monkeypatch):
@@ -837,20 +911,27 @@ def test_prototypes_are_projected_after_each_epoch_and_kept_as_they_were_before(
         away = [float((z[carries[:, c]] - p).abs().amax((1, 2)).min())
                 for p, c in zip(net.p.detach(), net.p_class.tolist())]
         assert (max(away) < 1e-4) == bool(project)
+        kept, _ = common.load_model(run / "rhythm" / "joint.pt", "")  # its head is solved for the p that it has
+        head = kept.head.weight.detach().clone()
+        z, carries, ids = common.training_set(kept, prep, torch.device("cpu"))
+        stage("02_train_joint").refit_head(kept, z, carries, common.patients_of(ids, prep))
+        torch.testing.assert_close(kept.head.weight, head, rtol=1e-3, atol=1e-3 * float(head.abs().max()))
 
 
-def test_class_weights_and_weighted_sampler_reach_the_loss(tiny_prep, tmp_path, monkeypatch):
+def test_lambdas_jaccard_class_weights_and_sampler_reach_the_loss(tiny_prep, tmp_path, monkeypatch):
     prep = tiny_prep()
     given, loss, module = [], common.composite_loss, stage("02_train_joint")
-    monkeypatch.setattr(common, "composite_loss", lambda *a: given.append((a[2], a[7])) or loss(*a))
+    monkeypatch.setattr(common, "composite_loss", lambda *a: given.append((a[2], *a[5:])) or loss(*a))
     one = int(prep.labels[prep.train][:, common.CODES.index("AFIB")].argmax())  # the only record that is drawn
     monkeypatch.setattr(module, "record_weights", lambda y: torch.eye(len(y))[one])
     train(monkeypatch, tmp_path, "run", "--model", "rhythm", "--start", "random", "--epochs", 1,
-          "--class-weights", "yes", "--sampler", "weighted")
+          "--class-weights", "yes", "--sampler", "weighted", "--lambda-div", 0.25, "--no-contrastive")
     classes = json.loads((tmp_path / "run" / "rhythm" / "joint.json").read_text())["classes"]
     labels = prep.labels[prep.train][:, common.columns(classes)].astype(float)
     assert len(given) == 3
-    for y, w in given:
+    jaccard = np.array(prep.info["jaccard"])[np.ix_(*[common.columns(classes)] * 2)]
+    for y, J, lambdas, w in given:
+        assert np.allclose(J, jaccard) and lambdas == (*common.Config().lambdas[:2], 0.25, 0.0)
         assert (y == torch.from_numpy(labels[one])).all()
         torch.testing.assert_close(w.double(), torch.from_numpy((len(labels) - labels.sum(0)) / labels.sum(0)))
 

@@ -68,7 +68,8 @@ def fake_run(run, prep, names=EVERY, seed=42, contrastive=True, width=64, **sett
         common.save_json(run / name / "joint.json", {**common.provenance(cfg, "05_evaluate.py"), "device": "cpu",
                                                     "seconds": 12.3})
         common.save_json(run / name / "prototypes.json", {
-            "format": common.FORMAT, "gap": 0.25, "distinct": 9, "prototypes": [{}] * 10,
+            "format": common.FORMAT, "gap": {"morphology": 0.5}.get(name, 0.25), "distinct": 9,
+            "prototypes": [{}] * {"morphology": 30}.get(name, 10),
             "inputs": {"joint": common.file_hash(run / name / "joint.pt")}})
     logits = {}
     for name in names:
@@ -162,7 +163,7 @@ def test_purity_lift_of_perfect_and_of_blind_prototypes():
     y = np.zeros((2000, 3))
     y[:20, 0] = y[5:14, 1] = y[:1000, 2] = 1      # 1 %; too few positives; too common
     s = np.zeros((2000, 4))
-    s[:20, 0] = 1                                 # all ten nearest carry the label: lift 1 / .01
+    s[:10, 0], s[500:600, 0] = 1, 0.5             # all ten nearest carry the label, the next do not: lift 1 / .01
     s[1000:, 1] = 1                               # none does
     assert ev.purity_lift(s, y, np.array([0, 0, 1, 2])) == pytest.approx((100 + 0) / 2)
     assert np.isnan(ev.purity_lift(s, y[:, 1:], np.array([0, 0, 1, 1])))
@@ -202,7 +203,7 @@ def test_bridge_and_the_place_of_the_control():
 
 
 def test_disturbances_are_as_large_as_they_say():
-    x = np.random.default_rng(0).normal(size=(3, 12, 1000)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(3, 12, 1000)).astype(np.float32) * [[[0.5]], [[1]], [[2]]]
     got = ev.disturbed(x, np.random.default_rng(1))
     noise = got["20 dB noise"][0] - x
     assert 10 * np.log10((x**2).mean((1, 2)) / (noise**2).mean((1, 2))) == pytest.approx([20, 20, 20], abs=0.2)
@@ -228,24 +229,71 @@ def test_cutting_the_matched_window_hurts_and_elsewhere_does_not():
         x[i, :, 32 * (5 + 5 * i) - 40:32 * (5 + 5 * i) + 40] = 1
     s, windows = ev.respond(net, x, "cpu")
     assert windows[:, 0, 0].tolist() == [4, 9, 14, 19] and (s[:, 0] > 0.95).all()
-    head = {"W": np.array([[2.0, 0], [0, 1]]), "b": np.zeros(2), "mean": np.zeros(2), "std": np.ones(2)}
-    got = ev.faithfulness(net, head, x, s, windows, np.array([1.0, np.nan]), np.random.default_rng(0), "cpu")
-    assert got["similarity drop, cut"] > 0.4 and abs(got["similarity drop, control"]) < 1e-6
-    assert got["logit drop, cut"] == pytest.approx(2 * got["similarity drop, cut"])
-    nothing = ev.faithfulness(net, head, x, s, windows, np.full(2, np.nan), np.random.default_rng(0), "cpu")
+    head = {"W": np.array([[8.0, 0], [0, 1]]), "b": np.zeros(2), "mean": np.full(2, 0.3), "std": np.array([4.0, 1])}
+    X = (s - head["mean"]) / head["std"]
+    got = ev.faithfulness(net, head, x, X, windows, np.array([1.0, np.nan]), np.random.default_rng(0), "cpu")
+    cut = np.stack([ev.bridged(e, (t >= 32 * (w + 1) - 47) & (t < 32 * (w + 1) + 47))
+                    for t in [np.arange(1000)] for e, w in zip(x, windows[:, 0, 0])])
+    drop = (s - ev.respond(net, cut, "cpu")[0])[:, 0].mean()
+    assert got["similarity drop, cut"] == pytest.approx(drop) and drop > 0.4
+    assert abs(got["similarity drop, control"]) < 1e-6 and got["logit drop, cut"] == pytest.approx(8 / 4 * drop)
+    nothing = ev.faithfulness(net, head, x, X, windows, np.full(2, np.nan), np.random.default_rng(0), "cpu")
     assert np.isnan([*nothing.values()]).all()
+
+
+@pytest.mark.parametrize("top_k, windows", [(1, 1), (3, 3), (30, 5)])
+def test_as_many_windows_as_the_similarity_averages_but_five_at_most(top_k, windows):
+    net = common.ProtoECGNet("partial", ["IMI"], [2], common.Config(width=8, top_k=top_k)).eval()
+    assert ev.respond(net, np.zeros((3, 12, 1000)), "cpu")[1].shape == (3, 2, windows)
 
 
 def test_stability_sees_a_window_that_moves_and_a_class_that_changes():
     net = pattern_network()
     x = np.zeros((2, 12, 1000), np.float32)
     x[0, :, 280:360], x[1, :, 600:680] = 1, 1
-    head = {"W": np.diag([2.0, 1]), "b": np.zeros(2), "mean": np.zeros(2), "std": np.ones(2)}
+    head = {"W": np.diag([0.2, 10]), "b": np.array([0.2, 0.1]), "mean": np.full(2, 0.1), "std": np.array([0.1, 10])}
     moved, gone = np.roll(x, 20, 2), np.stack([np.roll(x[0], 300, 1), 0 * x[1]])
     variants = {"": (x, 0), "shift": (moved, 20), "gone": (gone, 0)}
     got = ev.stability({v: ev.respond(net, changed, "cpu") for v, (changed, _) in variants.items()}, head, variants,
                        "partial")
     assert got == {"top class, shift": 1, "window, shift": 1, "top class, gone": 0.5, "window, gone": 0}
+
+
+def test_interpretability_of_a_run_is_that_of_fold_10_with_thresholds_of_fold_9(monkeypatch, tmp_path):
+    """What the measures are given, and what they return, from the files themselves."""
+    monkeypatch.setattr(common, "FEWEST", 1)
+    monkeypatch.setattr(ev, "efficiency", measured)
+    prep = write_prep(tmp_path / "prep", n=120)
+    flags = ["--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu", "--threads", 1]
+    path = write_joint(tmp_path / "run", prep, "morphology")
+    common.save_json(path.with_suffix(".json"), {**common.load_pt(path, "")["meta"], "seconds": 1.0})
+    for name in ("03_project", "04_fusion"):
+        run_stage(monkeypatch, name, *flags)
+    given = {}
+    for measure in ("disturbed", "purity_lift", "faithfulness"):
+        real = getattr(ev, measure)
+        monkeypatch.setattr(ev, measure, lambda *a, real=real, name=measure: given.update({name: a}) or real(*a))
+    run_stage(monkeypatch, "05_evaluate", *flags)
+    got = json.loads((tmp_path / "run" / "metrics.json").read_text())["interpretability"][""]["morphology"]
+
+    meta, head = common.load_head(path.with_name("classifier.pt"), "")
+    W, own, x = head["W"], columns(meta["classes"]), prep.signals[prep.test]
+    scores = np.load(path.with_name("scores.npy")).astype(float)[prep.test]
+    X, y = (scores - head["mean"]) / head["std"], prep.labels[:, own]
+    later = prep.val | prep.test
+    logits = np.load(tmp_path / "run" / "logits_morphology.npy")[:, own]
+    thresholds = ev.decision_thresholds(y[prep.val], logits[prep.val[later]])
+    assert not np.allclose(thresholds, ev.decision_thresholds(y[prep.test], logits[prep.test[later]]))
+    for key, value in ev.evidence(X, W, head["b"], thresholds).items():
+        assert got[key] == pytest.approx(value, abs=1e-4)
+    assert np.array_equal(given["disturbed"][0], x) and np.array_equal(given["faithfulness"][2], x)
+    assert np.array_equal(given["purity_lift"][0], scores) and np.array_equal(given["purity_lift"][1], y[prep.test])
+    np.testing.assert_allclose(given["faithfulness"][3], X, atol=0.02)              # float32 in batches, over the sd
+    np.testing.assert_allclose(given["faithfulness"][5], thresholds)
+    prototypes = json.loads(path.with_name("prototypes.json").read_text())["prototypes"]
+    sources = {(q["class"], q["ecg_id"], q["window"]) for q in prototypes}
+    assert got["duplicates"] == 1 - len(sources) / len(prototypes)
+    assert got["dead"] == ((W == 0).all(0) | (scores.std(0) < 0.01)).sum()
 
 
 def test_interpretability_of_a_run_is_measured_once(monkeypatch, tmp_path, capsys):
@@ -333,11 +381,17 @@ def test_the_other_numbers_equal_scikit_learn(made):
     assert got["groups"]["Strodthoff's rhythm"][3:] == [11, 12]
     assert got["fold 9"] == mean_of(roc_auc_score, known, rows=~on_test, y=prep.labels[prep.val])
     assert got["auprc"] == mean_of(average_precision_score, known)
+    for name in ("all-1d", "rhythm"):  # over the labels that the model has
+        s, each = np.load(run / f"logits_{name}.npy")[on_test], metrics["per_class"][name]
+        f1 = [f1_score(y[:, i], s[:, i] >= each[CODES[i]][5]) for i in columns(each) if y[:, i].any()]
+        assert metrics["predictions"][name]["f1"] == pytest.approx(np.mean(f1), abs=2e-5)
     row = next(r for r in metrics["cost"] if r["name"] == "rhythm")
     rhythm = [c for c in GROUPS["rhythm"] if c != NO_TRAIN]
     for key, name in {"-joint": "rhythm-joint", "-projected": "rhythm-projected", "-unprojected": "rhythm-unprojected",
                       "sparse": "rhythm", "black box": "blackbox-rhythm"}.items():
         assert row[key] == mean_of(roc_auc_score, rhythm, name)
+    row = next(r for r in metrics["cost"] if r["name"] == "morphology")  # whose start is blackbox-1d
+    assert row["black box"] == mean_of(roc_auc_score, [c for c in GROUPS["morphology"] if c != NO_TRAIN], "blackbox-1d")
 
 
 def test_macro_aggregation_is_the_weighted_mean_of_the_branches(made):
@@ -500,7 +554,8 @@ def test_the_papers_numbers_stand_beside_ours(made):
     assert [c.strip() for c in row.split("|")[2:-1]] == [".9010", "not run", ".9248", ours, "–", "–"]
     cost = {r["name"]: r for r in metrics["cost"]}
     assert set(cost) == {*PROTOTYPES, "fusion", "fusion-own"}
-    assert cost["fusion"]["prototypes"] == 30 and cost["rhythm"]["distinct"] == 9 and cost["rhythm"]["gap"] == 0.25
+    assert cost["fusion"]["prototypes"] == 50 and cost["fusion"]["gap"] == (30 * 0.5 + 20 * 0.25) / 50
+    assert cost["rhythm"]["distinct"] == 9 and cost["rhythm"]["gap"] == 0.25
     assert {"-joint", "-projected", "-unprojected", "sparse", "black box"} <= set(cost["all-1d"])
 
 
@@ -626,6 +681,11 @@ def test_save_and_readme(monkeypatch, small, tmp_path, capsys):
     assert ev.number(values[3]) in wide and "(2 seeds)" in narrow
     row = next(line for line in glance.splitlines() if line.startswith("| rhythm branch, 16 labels"))
     assert "| .8758 " in row and "(3 seeds)" in row and "(2 seeds)" in row and ev.number(values[3]) not in row
+    shutil.copy(saved, again := saved.with_name("z.json"))  # which of the two counts, no date tells after a checkout
+    with pytest.raises(SystemExit) as error:
+        run_stage(monkeypatch, "05_evaluate", "--readme")
+    assert "a-1.json" in sentence(error) and "z.json" in sentence(error) and page.read_text() == once
+    again.unlink()
     other = fake_run(tmp_path / "ablation", prep, ["rhythm"], top_k=30, a=(1.0, 2.0, 1.0))
     metrics = evaluate(monkeypatch, other, prep, "--save", "ablation")["predictions"]["rhythm"]
     run_stage(monkeypatch, "05_evaluate", "--readme")
@@ -696,6 +756,8 @@ def test_a_branch_with_settings_of_its_own_is_named_with_them(monkeypatch, tmp_p
     rewrite(run / "global" / "joint.json", lambda v: v["config"].update(start="blackbox-global"))
     metrics = evaluate(monkeypatch, run, prep)
     assert metrics["trained"]["rhythm"]["round"] == 2
+    (run / "rhythm" / "joint_old.pt").write_text("a user's copy, which is no round")
+    assert evaluate(monkeypatch, run, prep)["trained"]["rhythm"] == metrics["trained"]["rhythm"]
     assert r"global starts from blackbox\-global" in ev.approach_text({**metrics, "cost": []}, {"filter": ""})
     rewrite(run / "global" / "joint.json", lambda v: v["config"].update(start="blackbox-1d"))
     metrics = evaluate(monkeypatch, run, prep)
@@ -703,12 +765,6 @@ def test_a_branch_with_settings_of_its_own_is_named_with_them(monkeypatch, tmp_p
     assert {n: t["seconds"] for n, t in metrics["trained"].items()} == {"rhythm": 24.6, "global": 12.3,
                                                                         "blackbox-1d": 12.3}
     assert " and another machine (threads): rhythm 0 (" in "\n".join(ev.tables_of("", [metrics]))
-
-
-def test_a_saved_run_replaces_the_one_of_the_same_seed_in_the_paired_differences():
-    rows = [{"seed": 42, "contrastive": True, "differences": {"q": {"a - b": [v, v - .01, v + .01, 71, 71]}}}
-            for v in (.1, .2)]
-    assert "+.2000" in ev.paired_table(rows) and "+.1000" not in ev.paired_table(rows)
 
 
 def test_paired_differences_of_seeds_stand_side_by_side():
@@ -896,7 +952,7 @@ def report_of(monkeypatch, real, *more, figures=False):
     return (real.run / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_fusion_has_one_classifier_in_place_of_its_branches_own(real):
+def test_a_fusion_has_one_classifier_in_place_of_its_branches_own(real, monkeypatch):
     path = real.run / "rhythm" / "projected.pt"
     net, _ = common.load_model(path, "")
     got = ev.measure([path, path], 9, "cpu", 1)
@@ -904,6 +960,10 @@ def test_a_fusion_has_one_classifier_in_place_of_its_branches_own(real):
     assert got["parameters"] == 2 * (sum(w.numel() for w in net.parameters()) - P * C - C) + 2 * P * 9 + 9
     assert got["MB"] == pytest.approx(2 * sum(w.nbytes for w in net.state_dict().values()) / 1e6, rel=0.01)
     assert got["ms 1"] > 0 and got["ms 256"] > 0 and got["peak 256"] >= got["peak 1"] >= 0
+    with monkeypatch.context() as patch:  # a clock on which every batch takes a second
+        patch.setattr(ev.time, "perf_counter", iter(range(10**6)).__next__)
+        got = ev.measure([path], 9, "cpu", 1)
+    assert (got["ms 1"], got["ms 256"]) == (1000, 3.91)
 
 
 def test_efficiency_is_measured_once_and_again_when_something_changed(monkeypatch, tmp_path):
@@ -1153,6 +1213,10 @@ def test_ratings_give_table_3_without_label_errors(tmp_path, capsys):
                                                   "rhythm/2": (1, 1, "label-error")})
     ev.ratings_table([a, b])
     out = capsys.readouterr().out
+    paper = {"cardiologist": ("4.29 [4.22, 4.35]", "4.48 [4.42, 4.54]"),        # Table 3
+             "internist": ("3.59 [3.52, 3.66]", "4.73 [4.69, 4.77]")}
+    for who, (representativeness, clarity) in paper.items():
+        assert re.search(rf"paper: {who} +\| {re.escape(representativeness)} +\| {re.escape(clarity)} ", out)
     assert "4.00 [2.04, 5.96] of 2" in out                         # Ada: 5 and 3; rhythm/2 is out for both
     assert "3.33 [2.03, 4.64] of 3" in out                         # Ada's clarity: 4, 4, 2
     assert "3.50 [2.52, 4.48] of 2" in out and "by a reviewer: 1 prototype\n" in out

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import wfdb
 from conftest import PTBXL, ROOT, needs_ptbxl, run_stage, sentence, write_prep
 
 import common
@@ -58,6 +59,9 @@ def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
         last.append(capsys.readouterr().out.splitlines()[-1])
     last.append(python("05_evaluate.py", *flags).splitlines()[-1])
     run, prep = tmp_path / "run", common.load_prep(tmp_path / "prep")
+    for ecg_id, x in zip(prep.ecg_ids.tolist(), prep.signals):  # 01 reads them in parts of 64: each in its own row
+        record = wfdb.rdrecord(str(tmp_path / "data" / "records100" / "00000" / f"{ecg_id:05d}_lr")).p_signal.T
+        np.testing.assert_allclose(x, common.highpass(record), atol=1e-5)
     assert "120 records" in last[1] and all(str(tmp_path) in line for line in last)
     ids, count = set(prep.ecg_ids[prep.train].tolist()), 0
     for model in common.BRANCHES:
