@@ -554,6 +554,9 @@ def test_the_papers_numbers_stand_beside_ours(made):
     assert [c.strip() for c in row.split("|")[2:-1]] == [".9010", "not run", ".9248", ours, "–", "–"]
     cost = {r["name"]: r for r in metrics["cost"]}
     assert set(cost) == {*PROTOTYPES, "fusion", "fusion-own"}
+    for contrastive, paper in ((True, ".9248"), (False, ".9010")):
+        text = ev.summary_text({**metrics, "contrastive": contrastive})
+        assert re.search(rf"- fusion classifier, 71: .* The paper reports {re.escape(paper)}, by", text)
     assert cost["fusion"]["prototypes"] == 50 and cost["fusion"]["gap"] == (30 * 0.5 + 20 * 0.25) / 50
     assert cost["rhythm"]["distinct"] == 9 and cost["rhythm"]["gap"] == 0.25
     assert {"-joint", "-projected", "-unprojected", "sparse", "black box"} <= set(cost["all-1d"])
