@@ -815,7 +815,7 @@ def test_a_black_box_is_the_moving_average_of_its_weights(tiny_prep, tmp_path, m
     for ema in (0.3, 0.0):
         seen.clear()
         run = train(monkeypatch, tmp_path, f"run{ema}", "--model", "blackbox-rhythm", "--blackbox-epochs", 2,
-                    "--blackbox-ema", ema, "--head", "free")
+                    "--blackbox-ema", ema, "--head", "free", "--blackbox-lr", 0.1, "--scheduler", "constant")
         last = torch.load(run / "blackbox-rhythm" / "last.pt", weights_only=True)
         name, _ = next(common.load_model(run / "blackbox-rhythm" / "joint.pt", "")[0].named_parameters())
         torch.testing.assert_close(last["model"][name].double(), seen[-1])
@@ -827,7 +827,7 @@ def test_a_black_box_is_the_moving_average_of_its_weights(tiny_prep, tmp_path, m
             decays.append(min(ema, t / (10 + t)))
             average = decays[-1] * average + (1 - decays[-1]) * w
         assert decays[0] < ema == decays[-1] and not torch.allclose(average, seen[-1], atol=1e-6)
-        torch.testing.assert_close(last["average"][name].double(), average, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(last["average"][name].double(), average, atol=1e-5, rtol=1e-5)
         assert torch.equal(weights(run / "blackbox-rhythm" / "joint.pt")[name], last["average"][name])
 
 

@@ -269,6 +269,9 @@ def test_interpretability_of_a_run_is_that_of_fold_10_with_thresholds_of_fold_9(
     common.save_json(path.with_suffix(".json"), {**common.load_pt(path, "")["meta"], "seconds": 1.0})
     for name in ("03_project", "04_fusion"):
         run_stage(monkeypatch, name, *flags)
+    saved = common.load_pt(path.with_name("classifier.pt"), "")
+    saved["W"][:, 0] = 0                                                            # a dead prototype
+    common.save_pt(path.with_name("classifier.pt"), saved)
     given = {}
     for measure in ("disturbed", "purity_lift", "faithfulness"):
         real = getattr(ev, measure)
