@@ -462,7 +462,7 @@ def page(x, x_source, title, true, r, q, words, warnings=()):
         notes.append(f"solid: the best matching window; dashed: the next {len(places) - 1} of the {len(q['matched'])} "
                      "whose mean is the similarity.")
     if r["own_patient"]:
-        notes.append(f"Not counted, as in training: {r['own_patient']:,} prototypes from ECGs of this patient.")
+        notes.append(f"Not counted, as in training: prototypes from ECGs of this patient ({r['own_patient']:,}).")
     if warnings:
         notes.append("WARNING: made despite warnings, which its JSON file holds.")
     write(ax, 8, height - 2, "   ".join([*notes, "For research, not for clinical use."]), 3.6)

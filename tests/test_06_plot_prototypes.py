@@ -321,7 +321,8 @@ def test_a_training_ecg_is_not_explained_by_its_own_patient(made, monkeypatch):
     assert other["own_patient"] == 0
     assert other["logit"] == pytest.approx(W[c] @ ((scores[row] - mean) / std) + b[c], abs=2e-3)
     page = plot.page(made.prep.signals[row], made.prep.signals[row], "", "", r, {**r["prototypes"][0]}, made.words)
-    assert f"Not counted, as in training: {r['own_patient']} prototypes" in page.axes[0].texts[-1].get_text()
+    note = f"Not counted, as in training: prototypes from ECGs of this patient ({r['own_patient']})."
+    assert note in page.axes[0].texts[-1].get_text()
 
 
 def test_thresholds_are_those_of_fold_9(made, monkeypatch):
