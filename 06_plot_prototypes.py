@@ -461,6 +461,8 @@ def page(x, x_source, title, true, r, q, words, warnings=()):
     if len(places) > 1:
         notes.append(f"solid: the best matching window; dashed: the next {len(places) - 1} of the {len(q['matched'])} "
                      "whose mean is the similarity.")
+    if q["weight"] < 0 < q["contribution"]:
+        notes.append("The weight is negative: that this ECG is unlike the prototype speaks for the label.")
     if r["own_patient"]:
         notes.append(f"Not counted, as in training: prototypes from ECGs of this patient ({r['own_patient']:,}).")
     if warnings:

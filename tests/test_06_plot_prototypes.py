@@ -272,6 +272,10 @@ def test_a_page_says_and_draws_what_was_computed(made, model):
         note = texts[-1][1]
         assert note.endswith("For research, not for clinical use.")
         assert ("dashed: the next 2 of the 3 whose mean" in note) == (kind == "partial") and "WARNING" not in note
+        for weight, contribution, unlike in ((-1, 1, True), (-1, -1, False), (1, 1, False)):
+            turned = {**q, "weight": weight, "contribution": contribution}
+            page = plot.page(x, x_source, "", "", r, turned, made.words)
+            assert ("is unlike the prototype speaks for" in page.axes[0].texts[-1].get_text()) == unlike
         many = {**q, "matched": q["matched"] * 10}
         if kind == "partial":  # no more than five are drawn, and the page says of how many
             notes = plot.page(x, x_source, "", "", r, many, made.words, ["stale"]).axes[0].texts[-1].get_text()
