@@ -480,18 +480,19 @@ def efficiency(args, models):
     names = [n for n in models if n in MODELS or n == "fusion"]
     stop = []
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C waits for the process at work
-    with fresh:
-        for name in tqdm([n for n in names if n not in known], desc="efficiency", leave=False, disable=None):
-            paths = [args.run / k for k in models[name]["inputs"]]
-            row = fresh.submit(measure, paths, len(models[name]["classes"]), str(args.device), machine["threads"])
-            try:
+    try:
+        with fresh:
+            for name in tqdm([n for n in names if n not in known], desc="efficiency", leave=False, disable=None):
+                paths = [args.run / k for k in models[name]["inputs"]]
+                row = fresh.submit(measure, paths, len(models[name]["classes"]), str(args.device), machine["threads"])
                 known[name] = {**row.result(), "inputs": models[name]["inputs"]}
-            except BrokenProcessPool:
-                sys.exit(f"the process that measured {name} was killed, perhaps for want of memory: "
-                         f"{common.rerun('05_evaluate.py')} again")
-            if stop:
-                break
-    signal.signal(signal.SIGINT, handler)
+                if stop:
+                    break
+    except BrokenProcessPool:
+        sys.exit(f"the process that measured {name} was killed, perhaps for want of memory: "
+                 f"{common.rerun('05_evaluate.py')} again")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if stop:
         raise KeyboardInterrupt
     common.save_json(path, {"format": common.FORMAT, "machine": machine, "models": known})

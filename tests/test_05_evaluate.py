@@ -1023,8 +1023,10 @@ def test_efficiency_is_measured_once_and_again_when_something_changed(monkeypatc
         broken.set_exception(BrokenProcessPool())
         patch.setattr(Pool, "submit", lambda *_: broken)
         (tmp_path / "efficiency.json").unlink()
+        handler = ev.signal.getsignal(ev.signal.SIGINT)
         with pytest.raises(SystemExit, match="measured rhythm was killed"):
             ev.efficiency(args, models)
+        assert ev.signal.getsignal(ev.signal.SIGINT) is handler
     for text in ("", "[]", "{}", '{"machine": 1, "models": 1}'):
         (tmp_path / "efficiency.json").write_text(text)
         again([*BRANCHES, "fusion"])
