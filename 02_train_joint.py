@@ -129,7 +129,7 @@ class BatchNormOverRanks(torch.nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        dtype, x = x.dtype, x.float()                                            # [B of this rank, C, 1, L], B may be 0
+        dtype, x = x.dtype, x.float()                                    # [1, C, B of this rank, L] or [0, C, 1, L]
         n = AllReduce.apply(x.new_tensor(x[:, 0].numel()))
         mean = AllReduce.apply(x.sum((0, 2, 3))) / n                             # [C]
         variance = AllReduce.apply((x - mean[:, None, None]).square().sum((0, 2, 3))) / n

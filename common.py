@@ -168,7 +168,9 @@ torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class Conv(nn.Conv1d):
-    """A 1D convolution over [B, C, 1, L]: with channels last, which only 2D has, a CPU takes a quarter less time."""
+    """A 1D convolution of records on the height axis, [1, C, B, L]. It is 2D because only that has channels last, with
+    which a CPU takes a quarter less time; and of one high image it finds a wide kernel's gradient in half the time that
+    B low ones take."""
 
     def forward(self, x):
         return F.conv2d(x, self.weight[:, :, None], stride=(1, *self.stride), padding=(0, *self.padding))
@@ -218,11 +220,12 @@ class ResNet18(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = x[:, :, None].contiguous(memory_format=torch.channels_last)     # [B, 12, 1, 1000]
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)                   # [B, width, 1, 500]
-        x = F.max_pool2d(x, (1, 3), (1, 2), (0, 1))                         # [B, width, 1, 250]
-        x = self.layer3(self.layer2(self.layer1(x)))                        # [B, 4 * width, 1, 63]
-        return self.layer4(self.dropout(x))[:, :, 0]                        # [B, 8 * width, 32]
+        x = x.transpose(0, 1)[None] if len(x) else x[:, :, None]            # [1, 12, B, 1000]: an image of height 0
+        x = x.contiguous(memory_format=torch.channels_last)                 # is none, so of no record [0, 12, 1, 1000]
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)                   # [1, width, B, 500]
+        x = F.max_pool2d(x, (1, 3), (1, 2), (0, 1))                         # [1, width, B, 250]
+        x = self.layer3(self.layer2(self.layer1(x)))                        # [1, 4 * width, B, 63]
+        return self.layer4(self.dropout(x)).transpose(1, 2).flatten(0, 1)   # [B, 8 * width, 32]
 
     def load_imagenet(self, state):
         """Start from torchvision's ResNet18 `state` dict: middle kernel rows; the 12-lead stem stays random (3.3)."""

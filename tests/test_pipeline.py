@@ -52,7 +52,8 @@ def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
     starts each stage as a process of its own.)"""
     flags = ["--data", tmp_path / "data", "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu",
              "--threads", 1]
-    small, last = ["--width", 8, "--batch", 32, "--epochs", 1, "--blackbox-epochs", 2], []
+    small = ["--width", 8, "--batch", 32, "--epochs", 1, "--blackbox-epochs", 2, "--per-class", 2, 3, 2]
+    last = []
     for name, *more in (["00_download", "--synthetic", 120], ["01_preprocess"], ["02_train_joint", *small],
                         ["03_project"], ["04_fusion"]):
         run_stage(monkeypatch, name, *flags, *more)
