@@ -458,6 +458,7 @@ def test_backbone_size_and_map_length():
     with torch.no_grad():
         assert net(torch.zeros(1, 12, 1000)).shape == (1, 512, 32)
         assert common.ResNet18(width=4).eval()(torch.zeros(3, 12, 1000)).shape == (3, 32, 32)
+        assert common.ResNet18(width=4).eval()(torch.zeros(0, 12, 1000)).shape == (0, 32, 32)  # a rank without records
     assert lengths == [500, 250, 125, 63, 32]
 
 
