@@ -481,14 +481,15 @@ def test_two_ranks_train_as_one_process_does(tiny_prep, tmp_path, monkeypatch):
     moving average and logged losses. The last batch is a single record, so one rank has none. Float64 resolves 1e-16;
     Adam and the solver of the head magnify that to 1e-12; a record or a term with a wrong weight changes far more.
     No record has two rhythms: two classes' prototypes from one record would be equal, and the last bit would decide
-    which of them a maximum of the loss takes.
+    which of them a maximum of the loss takes. And there are but two prototypes of a class: of a group of two records
+    both are as near to its centre, and the last bit would decide which of them becomes the prototype.
     """
     prep = tiny_prep()
     rhythms = common.columns(["SR", "AFIB"])
     labels = np.array(prep.labels)
     labels[:, rhythms[1]] &= 1 - labels[:, rhythms[0]]
     change_prep(tmp_path / "prep", labels=labels)
-    flags = ["--model", "rhythm", "--start", "blackbox-rhythm", *EXACT]
+    flags = ["--model", "rhythm", "--start", "blackbox-rhythm", "--per-class", "2", "2", "2", *EXACT]
     printed = two_ranks(tmp_path, """
 stage.bfloat16_is_fast = lambda device: False
 torch.Tensor.float = torch.Tensor.double
