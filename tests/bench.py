@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("PYTHONUNBUFFERED", "1")
 
 import common  # noqa: E402
 
