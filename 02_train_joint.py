@@ -481,6 +481,16 @@ def start(name, args, cfg, prep, meta):
     return model
 
 
+def whitening(u):
+    """Damped ZCA of the latent steps of u [N, D, L]: x -> Q (x - mean), with Q = (Cov + its mean eigenvalue)^(-1/2).
+
+    Returns Q [D, D] and mean [D] in float64. A function by itself, so that its float64 copies of u are gone after it.
+    """
+    steps = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                        # [N L, D]
+    variance, E = torch.linalg.eigh(torch.cov(steps.T).reshape(u.shape[1], -1))
+    return E @ torch.diag((variance + variance.mean()).rsqrt()) @ E.T, steps.mean(0)
+
+
 def start_from_black_box(name, args, cfg, prep, meta, scaler):
     """A prototype model on the backbone of a trained black box, with whitened latents and real windows as prototypes.
 
@@ -506,16 +516,12 @@ def start_from_black_box(name, args, cfg, prep, meta, scaler):
     if kind != "1d" and cfg.pool == "meanmax":  # one step's evidence through the average and through the maximum
         V = V[:, :V.shape[1] // 2] + V[:, V.shape[1] // 2:]
     model.add_on.weight.data, model.add_on.bias.data = V[:, :, None].clone(), torch.zeros_like(V[:, 0])
-    u, carries, ids = common.training_set(model, prep, args.device)                   # [N, 71, L]
-    flat = u.transpose(1, 2).reshape(-1, u.shape[1]).double()                         # [N L, 71]
-    centre = flat.mean(0)
-    variance, Q = torch.linalg.eigh(torch.cov(flat.T).reshape(u.shape[1], -1))
-    # Cov^(-1/2), damped by the mean eigenvalue, becomes part of the add-on
-    whiten = Q @ torch.diag((variance + variance.mean()).rsqrt()) @ Q.T               # ZCA, damped
-    z = torch.einsum("ed,ndl->nel", whiten.float(), u - centre.float()[:, None])      # [N, D, L]
-    whiten, centre = whiten.to(V), centre.to(V)
-    model.add_on.weight.data = (whiten @ V)[:, :, None].clone()
-    model.add_on.bias.data = -(whiten @ centre)
+    z, carries, ids = common.training_set(model, prep, args.device)                   # [N, 71, L]
+    Q, mean = whitening(z)
+    z = torch.einsum("ed,ndl->nel", Q.float(), z - mean.float()[:, None])             # [N, D, L]
+    Q, mean = Q.to(V), mean.to(V)
+    model.add_on.weight.data = (Q @ V)[:, :, None].clone()
+    model.add_on.bias.data = -(Q @ mean)
 
     if cfg.prototypes == "data":
         T, p = common.WINDOW[kind], []

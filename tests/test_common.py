@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from ctypes.util import find_library
 from dataclasses import asdict
 from pathlib import Path
 
@@ -460,6 +461,24 @@ def test_backbone_size_and_map_length():
         assert common.ResNet18(width=4).eval()(torch.zeros(3, 12, 1000)).shape == (3, 32, 32)
         assert common.ResNet18(width=4).eval()(torch.zeros(0, 12, 1000)).shape == (0, 32, 32)  # a rank without records
     assert lengths == [500, 250, 125, 63, 32]
+
+
+@pytest.mark.skipif(not find_library("c_malloc_debug"), reason="needs the checks of glibc's malloc")
+def test_backbone_of_few_channels_stays_in_its_memory():
+    """On CPUs with AVX512 and without AMX, oneDNN wrote past the end of a buffer for fewer than 16 channels."""
+    child = textwrap.dedent("""
+        import torch, common
+        torch.set_num_threads(1)
+        net, x = common.ResNet18(width=8), torch.randn(128, 12, 1000)
+        for bfloat16 in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                h = net(x)
+            h.sum().backward()
+        """)
+    done = subprocess.run([sys.executable, "-c", child], cwd=Path(common.__file__).parent, text=True,
+                          capture_output=True, env={**os.environ, "LD_PRELOAD": find_library("c_malloc_debug"),
+                                                    "MALLOC_CHECK_": "3"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_dropout_stands_before_the_last_stage():
