@@ -407,7 +407,9 @@ def project(z, carries, ids, p, p_class, unique=False, runners=0):
         members = np.flatnonzero(carries[:, c])                                             # Z_j of Eq. (8)
         if not len(members):
             sys.exit(f"a class of the model has no training record in these arrays: {rerun('02_train_joint.py')}")
-        S = torch.cat([similarity(z[part].to(p), p[own]) for part in np.array_split(members, -(-len(members) // 512))])
+        parts = np.array_split(members, -(-len(members) // 512))
+        # In float64, rounded: in float32 two equal windows may differ by a last bit that depends on where they stand
+        S = torch.cat([similarity(z[part].to(p).double(), p[own].double()).float() for part in parts])
         S = S.transpose(0, 1).cpu().numpy()                                                 # [own, n, windows]
         flat = S.reshape(len(own), -1).copy()
         for taken, i in enumerate(np.argsort(-flat.max(1), kind="stable"), start=1):
