@@ -1,90 +1,97 @@
-"""Stage 03, projection (paper 3.5, Stage 2, Eq. 8): every prototype becomes a patch of a training ECG of its class.
+"""Stage 03, projection (paper 3.5, Stage 2, Eq. 8): each prototype becomes a patch of a real ECG.
 
-Looks through all windows of all training records (folds 1-8) that carry the prototype's label, whatever else they
-carry, takes the most similar one, and notes where it came from. Prints what the move costs: the similarity gap
-(1 - cosine between a prototype and its patch), distinct sources, and the fold-9 macro-AUROC before and after.
+Looks through all windows of all training records (folds 1-8) that carry the prototype's label,
+whatever else they carry, takes the most similar one, and notes where it came from. Prints what the
+move costs: the gap (mean of 1 - cosine between a prototype and its patch), distinct windows, and
+the fold-9 macro-AUROC of Stage 1's head before and after.
 
-reads   PREP/*.npy, RUN/MODEL/joint.pt (the highest round)
-writes  RUN/MODEL/projected.pt (projected_r2.pt), RUN/MODEL/prototypes.json: of each prototype the class, ecg_id,
-        latent window, sample range, similarity, all labels of the source, and three runners-up
+reads   PREP/*.npy, preprocess.json, RUN/MODEL/joint.pt
+writes  RUN/MODEL/projected.pt; prototypes.json: of each prototype class, ecg_id, window, samples,
+        similarity, all labels of the source, three runners-up; prototypes.npy: the ECGs themselves
 
     python 03_project.py                     every prototype model of the run
     python 03_project.py --model rhythm      one of them
-    python 03_project.py --unique            no two prototypes of a class on the same window
 
-Takes up to a minute a branch on 2 CPU cores, nearly all of it the forward pass; not yet timed on a GPU.
+Takes up to a minute a branch on 2 CPU cores, nearly all of it the forward pass.
 Last line: `runs/default: projected rhythm, morphology, global`.
 """
-import argparse
 import time
 
 import numpy as np
 import torch
 
 import common
-from common import CODES
+from common import BOXES, CODES
+
+
+def fold_9_auroc(model, prep, device, prototypes):
+    """Macro-AUROC on fold 9 with Stage 1's head and each of several `prototypes` [P, D, T]."""
+    rows = np.flatnonzero(prep.val)
+    y = prep.labels[rows][:, common.columns(model.classes)]
+    z, aurocs = common.batched(model.latent, prep, rows, device), []
+    for p in prototypes:
+        model.p.data = p
+        with torch.no_grad():
+            parts = [model.head(model.scores(part.to(device))) for part in z.split(256)]
+        aurocs.append(common.macro_auroc(y, torch.cat(parts).cpu().numpy()))
+    return aurocs
+
+
+def describe(model, found, prep):
+    """What prototypes.json says of each prototype, from the places `found` by `project`."""
+    def place(ecg_id, window, cosine):
+        labels = prep.labels[prep.row_of[ecg_id]]
+        return {"ecg_id": ecg_id, "window": window,
+                "samples": common.window_samples(model.kind, window),
+                "similarity": round(cosine, 6), "labels": [c for c, on in zip(CODES, labels) if on]}
+
+    described = []
+    for j, (source, *runners_up) in enumerate(found):
+        described.append({"index": j, "class": model.classes[model.p_class[j]], **place(*source),
+                          "runners_up": [place(*r) for r in runners_up]})
+    return described
 
 
 def main():
-    p = common.argument_parser(__doc__)
-    p.add_argument("--unique", action=argparse.BooleanOptionalAction, default=None,
-                   help="no two prototypes of a class on the same window (default: as the recipe says)")
+    p = common.argument_parser(__doc__, *common.RUN_FLAGS)
     args = common.parse(p)
     prep = common.load_prep(args.prep)
-    following = {}  # {round: models that have not been through it}
-    for name in (names := common.prototype_models(args)):
+    names = [n for n in args.model or common.trained_models(args.run) if n not in BOXES]
+    for name in names:
         began = time.time()
-        round_, path = common.newest(args.run / name, "joint", common.command("02_train_joint.py", name))
-        maker = common.command("02_train_joint.py", name, round_)
-        model, meta = common.load_model(path, maker, args.device)
-        common.same_input(meta, "prep", prep.path, path, maker, args.force)
-        cfg = common.config_of(meta)
-        unique = cfg.unique if args.unique is None else args.unique
-
-        z, carries, ids = common.training_set(model, prep, args.device)
-        projected, found = common.project(z, carries, ids, model.p.data, model.p_class, unique, runners=3)  # Eq. (8)
+        path = args.run / name / "joint.pt"
+        model, meta = common.load_model(path, "02_train_joint.py", args)
+        cfg, p_joint = common.config_of(meta), model.p.data.clone()
+        z, carries, rows = common.training_set(model, prep, args.device)
+        ids = prep.ecg_ids[rows]
+        projected, found = common.project(
+            z, carries, ids, p_joint, model.p_class, cfg.unique, runners=3)  # Eq. (8)
         model.p_patient.copy_(common.own_patients(found, prep, cfg))
+        before, after = fold_9_auroc(model, prep, args.device, [p_joint, projected])
 
-        # What it costs on fold 9, with the head of Stage 1
-        val = np.flatnonzero(prep.val)
-        y = prep.labels[val][:, common.columns(model.classes)]
-        z_val = common.batched(model.latent, prep, val, args.device)
-        auroc = {}
-        for when, prototypes in (("before", model.p.data), ("after", projected)):
-            model.p.data = prototypes
-            with torch.no_grad():
-                logits = torch.cat([model.head(model.scores(part.to(args.device))).cpu() for part in z_val.split(256)])
-            auroc[when] = common.macro_auroc(y, logits.numpy())
-
-        def place(ecg_id, window, cosine):
-            """One found patch as it goes into prototypes.json."""
-            first, end = common.window_samples(model.kind, window)
-            labels = [c for c, on in zip(CODES, prep.labels[prep.row_of[ecg_id]]) if on]
-            return {"ecg_id": ecg_id, "window": window, "samples": [first, end], "similarity": round(cosine, 6),
-                    "labels": labels}
-
-        prototypes = [{"index": j, "class": model.classes[c], **place(*f[0]), "runners_up": [place(*r) for r in f[1:]]}
-                      for j, (c, f) in enumerate(zip(model.p_class.tolist(), found))]
-        sources = {(q["class"], q["ecg_id"], q["window"]) for q in prototypes}
+        prototypes = describe(model, found, prep)
+        x = prep.signals[[prep.row_of[q["ecg_id"]] for q in prototypes]]  # [P, 12, 1000] mV
+        distinct = len({(q["class"], q["ecg_id"], q["window"]) for q in prototypes})
+        records = len({q["ecg_id"] for q in prototypes})
         gap = float(np.mean([1 - q["similarity"] for q in prototypes]))
-        out = path.with_name(path.name.replace("joint", "projected"))
-        made = {**common.provenance(cfg, "03_project.py", joint=path, prep=prep.path), "unique": unique,
-                "warnings": meta.get("warnings", []),
-                **{k: meta[k] for k in ("model", "round", "classes", "left_out", "per_class", "latent_dim")}}
-        report = {"gap": gap, "distinct": len(sources), "records": len({q["ecg_id"] for q in prototypes}),
-                  **{f"val_auroc_{when}": None if np.isnan(v) else v for when, v in auroc.items()}}
-        common.save_pt(out, {"meta": made, "state": {k: v.cpu() for k, v in model.state_dict().items()}})
-        common.save_json(out.with_name("prototypes.json"), {**made, **report, "kind": model.kind, "a": model.a,
-                         "top_k": model.top_k, "projected": common.file_hash(out), "prototypes": prototypes})
-        left_out = f"  (left out: {' '.join(meta['left_out'])})" if meta["left_out"] else ""
-        print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {len(sources)} distinct windows of "
-              f"{report['records']} records  fold-9 macro-AUROC {auroc['before']:.4f} -> {auroc['after']:.4f}  "
-              f"{time.time() - began:.1f} s{left_out}", flush=True)
-        if round_ < cfg.rounds:
-            following.setdefault(round_ + 1, []).append(name)
-    for number, some in following.items():
-        maker = f"02_train_joint.py --model {' '.join(some)} --round {number}"
-        print(f"the recipe of {', '.join(some)} has more rounds: next {common.rerun(maker)} with the flags of round 1")
+        made = common.provenance(args, (path, meta))
+        common.save(path.with_name("prototypes.npy"), (1000 * x).round().clip(
+            -32768, 32767).astype(np.int16))
+        common.save(path.with_name("projected.pt"), {
+            "meta": {**meta, **made}, "p_joint": p_joint.cpu(),
+            "state": {k: v.cpu() for k, v in model.state_dict().items()}})
+        made = common.provenance(args, (path.with_name("projected.pt"), {**meta, **made}))
+        common.save(path.with_name("prototypes.json"), {
+            **made, "model": name, "kind": model.kind, "a": model.a, "top_k": model.top_k,
+            "gap": gap, "distinct": distinct, "records": records, "val_auroc_before": before,
+            "val_auroc_after": after, "descriptions": prep.info["descriptions"],
+            "prototypes": prototypes})
+        print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {distinct} distinct "
+              f"windows of {records} records  fold 9 {before:.4f} -> {after:.4f}  "
+              f"{time.time() - began:.1f} s", flush=True)
+        if meta["round"] < cfg.rounds:
+            again = f"02_train_joint.py --round {meta['round'] + 1}"
+            print(f"the recipe has {cfg.rounds} rounds: next {again} with the flags of round 1")
     print(f"{args.run}: projected {', '.join(names)}")
 
 

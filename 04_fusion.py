@@ -1,24 +1,23 @@
-"""Stage 04, classifiers (paper 3.5, Stage 3, Eq. 9-10): sparse linear layers on the frozen prototypes' similarities.
+"""Stage 04, classifiers (paper 3.5, Stage 3, Eq. 9-10): sparse linear layers on similarities.
 
-One forward pass per branch caches every record's similarity to every prototype. On the standardised scores of folds
-1-8 it then solves the convex problem of Eq. (10) to its optimum, for each branch on its own labels and for the fusion
-of all branches on all labels; the L1 strength is chosen on fold 9. Only off-class weights carry the L1 term. In the
-default recipe lambda depends on the label, and scores of a prototype's own patient are left out.
+One forward pass a branch gives every record's similarity to every prototype. On the standardised
+similarities of folds 1-8 the convex problem of Eq. (10) is solved to its optimum, for each branch
+on its own labels and for the fusion of all branches on all labels; the L1 strength is chosen on
+fold 9. Only weights of other classes' prototypes carry the L1 term. In our recipe lambda depends on
+the label, and what a prototype scores on records of its own patient is left out.
 
-reads   PREP/*.npy, RUN/MODEL/joint.pt, projected.pt and prototypes.json (the highest round), RUN/blackbox-*/joint.pt
-writes  RUN/MODEL/scores.npy   float32 [N, P], every record's similarities, in PREP's order
-        RUN/MODEL/classifier.pt, RUN/fusion.pt, RUN/fusion-own.pt    W [C, P], b [C], mean [P], std [P]; what they
-        are and how sparse stands in the .json beside each
-        RUN/logits_NAME.npy, probabilities_NAME.npy    [records of folds 9 and 10, 71], NaN for labels not modelled
-        RUN/predictions.json   what each NAME is, and what it was made from
+reads   PREP/*.npy, preprocess.json, RUN/MODEL/projected.pt, RUN/blackbox-*/joint.pt
+writes  RUN/classifiers/NAME.pt: logits of folds 9 and 10 [., 71], thresholds [C] chosen on fold 9,
+        W [C, P], b [C], mean [P], std [P], and how sparse it is. NAMEs: each model; fusion;
+        fusion-own (own-class weights alone); macro and blackbox-macro (each label from its own
+        branch); steps on the way: NAME-joint, -projected (Stage 1's head), -unprojected
 
-    python 04_fusion.py                      every model of the run, and the fusion if the three branches are there
+    python 04_fusion.py                      every model of the run, and the fusion of the three
     python 04_fusion.py --model rhythm       one of them
 
-Takes a few minutes on 2 CPU cores, half of it the forward passes; not yet timed on a GPU.
-Last line: `runs/default: fold-9 macro-AUROC fusion 0.9350, macro 0.9300, ...`, with your own numbers.
+Takes a few minutes on 2 CPU cores, half of it the forward passes.
+Last line: `runs/default: fold-9 macro-AUROC fusion 0.9350, macro 0.9300, ...`.
 """
-import json
 import sys
 import time
 
@@ -29,51 +28,57 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
-from common import BOXES, BRANCHES, CODES, MODELS
+from common import BOXES, BRANCHES, CODES, MODELS, columns
 
-STRENGTHS = {"default": [5e-2, 2e-2, 1e-2, 7e-3, 5e-3, 3e-3, 2e-3, 1e-3],  # lambda of Eq. (10), tried from strong
-             "paper": [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4]}    # to weak; see `lambda_of`
-MOST_OFF = {"default": 0.1, "paper": 1.0}  # share of off-class weights that may be non-zero; the paper sets no limit
-L2 = 1e-4         # on all weights, in units of the mean BCE; without it a class that is separable has no optimum
-ENTERING = 64     # weights that may join a class's working set at a time
-TOLERANCE = 1e-5  # on the optimality conditions, in the same units
+# lambda of Eq. (10), from strong to weak; see `lambda_of`
+STRENGTHS = {
+    "default": [5e-2, 2e-2, 1e-2, 7e-3, 5e-3, 3e-3, 2e-3, 1e-3],
+    "paper": [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4],
+}
+MOST_OFF = {"default": 0.1, "paper": 1.0}  # share of off-class weights that may be non-zero
+L2 = 1e-4  # on all weights; without it a class that is separable has no optimum
+ENTERING = 64  # weights that may join a class's working set at a time
+TOLERANCE = 1e-5  # on the optimality conditions, in units of the mean BCE
+FEWEST = 10  # positives in fold 9 that a label needs for a threshold of its own
 
+
+# ---- Eq. (10)
 
 def lambda_of(strength, Y, recipe):
-    """lambda of Eq. (10) for each class of Y [N, C], from one strength: [C].
+    """lambda of Eq. (10) for each class of Y [N, C]: [C].
 
-    Under the paper recipe lambda is the strength, for all classes; under the default recipe it is that times the
-    standard deviation of the class's label, a departure from the paper. At W = 0 the gradient of the BCE is the
-    covariance of score and label, so then the same correlation, and not the same covariance, lets a weight in: a rare
-    label is not kept from evidence that a frequent one has in plenty.
+    The paper has one for all. In our recipe it is the strength times the standard deviation of the
+    label: at W = 0 the gradient of the BCE is the covariance of score and label, so the same
+    correlation, and not the same covariance, then lets a weight in, of rare and frequent labels.
     """
-    return strength * (np.maximum(Y.std(0), 1e-6) if recipe == "default" else np.ones(Y.shape[1]))
+    if recipe == "paper":
+        return np.full(Y.shape[1], strength)
+    return strength * np.maximum(Y.std(0), 1e-6)
 
 
-@threadpool_limits.wrap(limits=1, user_api="blas")  # systems this small: on a busy machine threads wait for each other
+@threadpool_limits.wrap(limits=1, user_api="blas")  # for systems this small threads only wait
 def fit(X, Y, off, lambda_, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=200):
-    """Minimise Eq. (10), mean BCE + lambda |W| over `off` + l2 / 2 * |W|^2, for all classes from a start W, b (if
-    there is none, W = 0 and b at the log odds of each class).
+    """Minimise Eq. (10), mean BCE + lambda |W| over `off` + l2 / 2 |W|^2, for every class.
 
-    X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another class's prototype,
-    all float64; lambda_ is a number or [C] (inf forbids weights of other classes' prototypes). Every class is a convex
-    problem of its own: Newton's method on a working set of own-class weights, non-zero weights and those that violate
-    optimality most, each step a small quadratic problem with L1. Returns W [C, P], b [C] and the largest violation of
-    the optimality conditions.
+    X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another
+    class's prototype, all float64; lambda_ is a number or [C] (inf: no such weights). Starts at
+    W, b or at W = 0 and the log odds. Each class is a convex problem of its own: Newton's method on
+    a working set of own-class weights, non-zero weights and those that violate optimality most.
+    Returns W [C, P], b [C] and the largest violation of the optimality conditions.
     """
     if W is None:
         prior = Y.mean(0).clip(1e-9, 1 - 1e-9)
         W, b = np.zeros(off.shape), np.log(prior / (1 - prior))
     W, b, largest = W.copy(), b.copy(), np.full(len(W), np.inf)
-    X_1 = np.column_stack([X, np.ones(len(X))])                                             # the bias comes last
+    X_1 = np.column_stack([X, np.ones(len(X))])  # the bias comes last
     todo, lambda_ = np.arange(len(W)), np.broadcast_to(lambda_, len(W))
     for _ in range(rounds):
         W_c, off_c = W[todo], off[todo]
-        error = expit(X @ W_c.T + b[todo]) - Y[:, todo]                                     # [N, classes to do]
-        G = error.T @ X / len(X) + l2 * W_c                                                 # [., P] smooth gradient
-        l1 = np.where(off_c, lambda_[todo, None].clip(max=1e9), 0.0)                        # [., P]
-        violation = np.where(W_c != 0, np.abs(G + l1 * np.sign(W_c)), np.maximum(np.abs(G) - l1, 0))
-        largest[todo] = np.maximum(violation.max(1), np.abs(error.mean(0)))                 # weights and bias
+        error = expit(X @ W_c.T + b[todo]) - Y[:, todo]  # [N, classes to do]
+        G = error.T @ X / len(X) + l2 * W_c  # [., P] smooth gradient
+        l1 = np.where(off_c, lambda_[todo, None].clip(max=1e9), 0.0)  # [., P]
+        violation = violated(W_c, G, l1)
+        largest[todo] = np.maximum(violation.max(1), np.abs(error.mean(0)))  # weights and bias
         unsolved = largest[todo] > tolerance
         todo, violation = todo[unsolved], violation[unsolved]
         if len(todo) == 0:
@@ -83,15 +88,21 @@ def fit(X, Y, off, lambda_, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=2
             entering = entering[np.argsort(-v[entering])[:ENTERING]]
             work = np.union1d(np.flatnonzero(~off[c] | (W[c] != 0)), entering)
             l1 = np.where(off[c, work], lambda_[c], 0.0)
-            W[c, work], b[c] = newton(X_1[:, [*work, -1]], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
+            W[c, work], b[c] = newton(
+                X_1[:, [*work, -1]], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
     return W, b, float(largest.max())
 
 
-def newton(X, y, l1, w, b, l2, tolerance):
-    """Eq. (10) for one class: X [N, A + 1] with ones in its last column, y [N], l1 [A], start w [A], b -> w, b.
+def violated(w, g, l1):
+    """How far weights w with smooth gradient g are from the optimality conditions of L1."""
+    return np.where(w != 0, np.abs(g + l1 * np.sign(w)), np.maximum(np.abs(g) - l1, 0))
 
-    Proximal Newton with step halving. The Hessian is made in float32: it says how to get to the optimum, and the
-    gradient, in float64, where that is.
+
+def newton(X, y, l1, w, b, l2, tolerance):
+    """Eq. (10) for one class: X [N, A + 1], last column ones, y [N], l1 [A], start w [A], b.
+
+    Proximal Newton with step halving. The Hessian is made in float32: it says how to get to the
+    optimum, and the gradient, in float64, where that is.
     """
     X_32 = X.astype(np.float32)
     v, l1 = np.append(w, b), np.append(l1, 0.0)
@@ -99,14 +110,14 @@ def newton(X, y, l1, w, b, l2, tolerance):
 
     def objective(v):
         m = X @ v
-        return np.mean(np.logaddexp(0, m) - y * m) + (ridge * v * v).sum() / 2 + (l1 * np.abs(v)).sum(), m
+        bce = np.mean(np.logaddexp(0, m) - y * m)
+        return bce + (ridge * v * v).sum() / 2 + (l1 * np.abs(v)).sum(), m
 
     value, m = objective(v)
     for _ in range(50):
         prob = expit(m)
         g = X.T @ (prob - y) / len(y) + ridge * v
-        slope = np.where(v != 0, np.abs(g + l1 * np.sign(v)), np.maximum(np.abs(g) - l1, 0))
-        if slope.max() < tolerance:
+        if violated(v, g, l1).max() < tolerance:
             break
         R = X_32 * np.sqrt(prob * (1 - prob) / len(y)).astype(np.float32)[:, None]
         H = (R.T @ R).astype(np.float64) + np.diag(ridge + 1e-9)
@@ -122,19 +133,20 @@ def newton(X, y, l1, w, b, l2, tolerance):
 
 
 def feature_sign(H, r, l1, v, tolerance):
-    """Minimise v H v / 2 - r v + l1 |v| exactly by guessing signs (Lee et al. 2006): H [A, A], r, l1, start v [A]."""
+    """Minimise v H v / 2 - r v + l1 |v| exactly by guessing signs (Lee et al. 2006)."""
     v = v.copy()
     sign = np.sign(v)
     for _ in range(20 * len(v)):
         on = np.flatnonzero((sign != 0) | (l1 == 0))
         new = np.linalg.solve(H[np.ix_(on, on)], r[on] - l1[on] * sign[on])
         wrong = (l1[on] > 0) & (np.sign(new) != sign[on])
-        if wrong.any():  # go along the line to the best point where a weight reaches zero
+        if wrong.any():  # along the line, to the best point where a weight reaches zero
             old, move = v[on], new - v[on]
             stops = np.append(-old[wrong] / move[wrong], 1.0)
             points = old + stops[:, None] * move
             points[np.arange(len(stops) - 1), np.flatnonzero(wrong)] = 0
-            cost = ((points @ H[np.ix_(on, on)]) * points).sum(1) / 2 - points @ r[on] + np.abs(points) @ l1[on]
+            quadratic = ((points @ H[np.ix_(on, on)]) * points).sum(1) / 2
+            cost = quadratic - points @ r[on] + np.abs(points) @ l1[on]
             v[on] = points[cost.argmin()]
             sign = np.sign(v)
             continue
@@ -148,193 +160,208 @@ def feature_sign(H, r, l1, v, tolerance):
     return v
 
 
-def fit_path(X, Y, off, X_val, y_val, what, recipe):
-    """Fit Eq. (10) from strong to weak L1 and keep the strength with fold 9's best macro-AUROC.
+def fit_path(X, Y, off, X_val, y_val, recipe, what):
+    """Fit Eq. (10) from strong to weak L1; the strength with fold 9's best macro-AUROC is kept.
 
-    Strengths that leave more than MOST_OFF[recipe] of the off-class weights are not considered, but for the strongest:
-    nobody could read them.
-    X [N, P], X_val [M, P] standardised, Y [N, C], y_val [M, C], off [C, P]. Returns W, b, the table of the path and the
-    strength chosen.
+    Strengths that leave more than MOST_OFF of the off-class weights are not considered, but for the
+    strongest: nobody could read them. X [N, P], X_val [M, P], Y [N, C], y_val [M, C], off [C, P].
+    Returns W, b, the strength and the table of the path.
     """
     path, fits, W, b = [], [], None, None
-    for strength in tqdm(STRENGTHS[recipe], desc=f"{what}: L1 strengths", leave=False, disable=None):
+    for strength in tqdm(STRENGTHS[recipe], f"{what}: L1 strengths", leave=False, disable=None):
         W, b, violation = fit(X, Y, off, lambda_of(strength, Y, recipe), W, b)
         if fits and off.any() and (W[off] != 0).mean() > MOST_OFF[recipe]:
             break
-        auroc = common.macro_auroc(y_val, X_val @ W.T + b)
-        path.append({"strength": strength, "val_auroc": known(auroc), "nonzero": int((W != 0).sum()),
+        auroc = known(common.macro_auroc(y_val, X_val @ W.T + b))
+        path.append({"strength": strength, "val_auroc": auroc, "nonzero": int((W != 0).sum()),
                      "violation": violation})
         fits.append((W, b))
-    chosen = int(np.argmax([row["val_auroc"] or 0 for row in path]))  # of equals the strongest
-    return *fits[chosen], path, path[chosen]["strength"]
+    best = int(np.argmax([row["val_auroc"] or 0 for row in path]))  # of equals the strongest
+    return *fits[best], path[best]["strength"], path
 
 
 def known(value):
-    """NaN, the AUROC of labels that fold 9 does not have, as JSON takes it: None."""
+    """None for NaN, the AUROC of labels that fold 9 does not have."""
     return None if np.isnan(value) else value
 
 
-def standardise(scores, prep, p_patient):
-    """scores [N, P] -> (X of folds 1-8, X of fold 9, X of folds 9 and 10, mean [P], std [P]), float64.
+# ---- Scores, and what is kept of a classifier
 
-    p_patient [P] is the patient each prototype was taken from. How well it matches the records of that patient says
-    nothing about new patients, so those entries of X are set to the mean (0); -1 sets none (Config.own_patient).
+def standardise(scores, prep, p_patient):
+    """scores [N, P] -> X [N, P], mean [P], std [P] of folds 1-8, in float64.
+
+    How well a prototype matches the records of its own patient, p_patient [P], says nothing about
+    new patients, so those entries of X are set to the mean, 0; -1: none (Config.own_patient).
     """
     scores = scores.astype(np.float64)
     mean, std = scores[prep.train].mean(0), scores[prep.train].std(0).clip(1e-6)
     X = (scores - mean) / std
     X[prep.patient_ids[:, None] == p_patient] = 0
-    return X[prep.train], X[prep.val], X[prep.val | prep.test], mean, std
+    return X, mean, std
+
+
+def thresholds_of(y, logits):
+    """From which logit on a label is predicted, y, logits [N, C] of fold 9 -> [C]: the best F1 (a
+    score >= threshold is positive), or 0 for fewer than FEWEST positives: it would be chance."""
+    order = np.argsort(-logits, axis=0, kind="stable")
+    score = np.take_along_axis(logits, order, 0)
+    hits = np.take_along_axis(y > 0, order, 0).cumsum(0)
+    f1 = 2 * hits / (np.arange(1, len(y) + 1)[:, None] + hits[-1])
+    f1[:-1][score[:-1] == score[1:]] = -1  # equal scores stay together
+    best = np.take_along_axis(score, f1.argmax(0)[None], 0)[0]
+    return np.where(hits[-1] >= FEWEST, best, 0.0)
+
+
+def save_classifier(args, prep, name, about, logits, classes, inputs, more, **arrays):
+    """Write RUN/classifiers/NAME.pt from logits [folds 9 and 10, C]; `inputs` [(path, meta)] are
+    what it was made from, `more` joins its meta. Returns its (path, saved value)."""
+    later = prep.val | prep.test
+    full = np.full((later.sum(), len(CODES)), np.nan, np.float32)
+    full[:, columns(classes)] = logits
+    on_val, y = full[prep.val[later]][:, columns(classes)], prep.labels[prep.val][:, columns(classes)]
+    trained = {}
+    for _, meta in inputs:
+        about_it = {k: meta[k] for k in ("config", "round", "seconds", "epochs", "best_epoch",
+                                         "val_auroc", "hardware", "threads") if k in meta}
+        trained.update(meta.get("trained") or {meta["model"]: about_it})
+    auroc = known(common.macro_auroc(y, on_val))
+    meta = {**common.provenance(args, *inputs), "name": name, "about": about, "classes": classes,
+            "branches": [], "config": inputs[0][1]["config"], "trained": trained,
+            "val_auroc": auroc, **more}
+    arrays = {k: torch.from_numpy(np.asarray(v)) for k, v in arrays.items()}
+    saved = {"meta": meta, "logits": torch.from_numpy(full),
+             "thresholds": torch.from_numpy(thresholds_of(y, on_val).astype(np.float64)), **arrays}
+    path = args.run / "classifiers" / f"{name}.pt"
+    common.save(path, saved)
+    return path, saved
+
+
+def classify(args, prep, name, about, branches, own_only=False):
+    """Fit Eq. (10) on the scores of one or several branches side by side, Eq. (9), and save it.
+
+    Then at the same strength on the scores before projection, of which only the logits are kept.
+    """
+    began, recipe = time.time(), branches[0].recipe
+    p_code = np.array([c for branch in branches for c in branch.p_code])
+    p_patient = np.concatenate([branch.p_patient for branch in branches])
+    found = {c for branch in branches for c in branch.classes}
+    classes = branches[0].classes if len(branches) == 1 else [c for c in CODES if c in found]
+    off = p_code != np.array(classes)[:, None]  # [C, P]
+    y = prep.labels[:, columns(classes)].astype(np.float64)
+    later, W, b, strength = prep.val | prep.test, None, None, np.inf
+    for step in ("", "-unprojected"):
+        scores = [branch.scores_before if step else branch.scores for branch in branches]
+        X, mean, std = standardise(np.concatenate(scores, 1), prep, p_patient)  # Eq. (9)
+        if step or own_only:
+            lambda_ = lambda_of(strength, y[prep.train], recipe)
+            W, b, violation = fit(X[prep.train], y[prep.train], off, lambda_, W, b)
+            path = []
+        else:
+            W, b, strength, path = fit_path(
+                X[prep.train], y[prep.train], off, X[prep.val], y[prep.val], recipe, name)
+            violation = max(row["violation"] for row in path)
+        if violation > TOLERANCE:
+            print(f"WARNING: {name}{step} is not at the optimum of Eq. (10): {violation:.0e}",
+                  file=sys.stderr)
+        more = {"branches": [branch.name for branch in branches], "l2": L2, "path": path,
+                "strength": None if own_only else strength, "nonzero": int((W != 0).sum()),
+                "weights": W.size, "violation": violation}
+        arrays = {"W": W, "b": b, "mean": mean, "std": std}
+        text = f"{about}, before projection" if step else about
+        _, saved = save_classifier(
+            args, prep, name + step, text, X[later] @ W.T + b, classes,
+            [branch.made for branch in branches], more, **arrays)
+        how = "own class only" if own_only else f"L1 strength {strength:.0e}"
+        print(f"{name + step:22s} fold 9 {saved['meta']['val_auroc'] or np.nan:.4f}  "
+              f"{more['nonzero']:6,} of {W.size:6,} weights  {how}  {time.time() - began:.1f} s",
+              flush=True)
+
+
+def score_branch(args, prep, name):
+    """All records' similarities to a branch's prototypes, and logits with Stage 1's head."""
+    path = args.run / name / "projected.pt"
+    model, meta = common.load_model(path, "03_project.py", args)
+    after = model.p.data
+    before = common.load(path, "03_project.py", args)["p_joint"].to(args.device)
+
+    def both_scores(x):
+        """x [B, 12, 1000] -> similarities after and before projection [B, 2, P]."""
+        z, scores = model.latent(x), []
+        for p in (after, before):
+            model.p.data = p
+            scores.append(model.scores(z))
+        return torch.stack(scores, 1)
+
+    parts = np.array_split(np.arange(len(prep.folds)), max(1, len(prep.folds) // 2048))
+    parts = tqdm(parts, f"{name}: scores", leave=False, disable=None)
+    both = [common.batched(both_scores, prep, part, args.device).numpy() for part in parts]
+    scores, scores_before = np.ascontiguousarray(np.concatenate(both).transpose(1, 0, 2))
+    later = prep.val | prep.test
+    for step, s in (("joint", scores_before), ("projected", scores)):
+        with torch.no_grad():
+            logits = model.head(torch.from_numpy(s[later]).to(args.device)).cpu().numpy()
+        save_classifier(args, prep, f"{name}-{step}", f"{name} with Stage 1's head, {step}",
+                        logits, model.classes, [(path, meta)], {})
+    return common.SimpleNamespace(
+        name=name, scores=scores, scores_before=scores_before, classes=model.classes,
+        p_code=[model.classes[c] for c in model.p_class.tolist()], made=(path, meta),
+        p_patient=model.p_patient.cpu().numpy(), recipe=meta["config"]["recipe"])
+
+
+def merge(args, prep, name, members):
+    """Macro aggregation: each label from the classifier of its own branch."""
+    paths = [args.run / "classifiers" / f"{m}.pt" for m in members]
+    if not all(path.is_file() for path in paths):
+        return
+    saved = [common.load(path, "04_fusion.py", args) for path in paths]
+    classes = [c for s in saved for c in s["meta"]["classes"]]
+    logits = np.nan_to_num(np.stack([s["logits"] for s in saved])).sum(0)  # groups are disjoint
+    inputs = [(path, s["meta"]) for path, s in zip(paths, saved)]
+    _, merged = save_classifier(args, prep, name, "each label from its own branch",
+                                logits[:, columns(classes)], classes, inputs, {})
+    print(f"{name:22s} fold 9 {merged['meta']['val_auroc']:.4f}")
 
 
 def main():
-    p = common.argument_parser(__doc__)
+    p = common.argument_parser(__doc__, *common.RUN_FLAGS)
     args = common.parse(p)
     prep = common.load_prep(args.prep)
-    device, later = args.device, np.flatnonzero(prep.val | prep.test)
-    predictions_path = args.run / "predictions.json"
-    predictions = {"format": common.FORMAT, "inputs": {"prep": common.file_hash(prep.path)}, "models": {}}
-    try:
-        old = json.loads(predictions_path.read_text())
-        if (old["format"], old["inputs"]) == (predictions["format"], predictions["inputs"]):
-            predictions["models"] = old["models"]
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not whole
-        pass
-    predictions["left_out"] = prep.info["without_training_record"]
-    summary = {}
-
-    def save_predictions(name, about, classes, logits, inputs, forced, **more):
-        """logits [folds 9 and 10, C] -> the two arrays of NAME with 71 columns, and its line in predictions.json, where
-        `forced` are the warnings that --force overrode here and in the stages before."""
-        full, own = np.full((len(later), len(CODES)), np.nan, np.float32), common.columns(classes)
-        full[:, own] = logits
-        common.save_npy(args.run / f"logits_{name}.npy", full)
-        common.save_npy(args.run / f"probabilities_{name}.npy", expit(full.astype(np.float64)))
-        summary[name] = common.macro_auroc(prep.labels[prep.val][:, own], full[prep.val[later]][:, own])
-        predictions["models"][name] = {"about": about, "classes": classes, "val_auroc": known(summary[name]),
-                                       "inputs": inputs, "warnings": forced, **more}
-        common.save_json(predictions_path, predictions)
-
-    def classify(name, about, scores, before, p_patient, p_code, classes, inputs, meta, path, own_only=False):
-        """Fit Eq. (10) for `classes` on scores [N, P] of prototypes with codes p_code [P]; save it with its logits.
-        Then at the same strength on the scores `before` projection, of which only the logits are kept."""
-        Y = prep.labels[prep.train][:, common.columns(classes)].astype(np.float64)
-        y_val = prep.labels[prep.val][:, common.columns(classes)]
-        off = np.array([[q != c for q in p_code] for c in classes])                         # [C, P]
-        strength, warnings, W, b = np.inf, meta["warnings"], None, None
-        for projected, s in ((True, scores), (False, before)):
-            began = time.time()
-            X, X_val, X_later, mean, std = standardise(s, prep, p_patient)
-            if projected and not own_only:
-                W, b, steps, strength = fit_path(X, Y, off, X_val, y_val, name, meta["recipe"])
-            else:  # from where it stands, own-class weights at zero or the projected prototypes' solution
-                W, b, violation = fit(X, Y, off, lambda_of(strength, Y, meta["recipe"]), W, b)
-                steps = [{"violation": violation}]
-            key = name if projected else f"{name}-unprojected"
-            nonzero, forced = int((W != 0).sum()), [*warnings]
-            if (worst := max(row["violation"] for row in steps)) > TOLERANCE:
-                forced.append(f"{key}: Eq. (10) is not solved, its optimality conditions are violated by {worst:.0e}")
-                print(f"WARNING: {forced[-1]}", file=sys.stderr)
-            fitted = {"strength": None if own_only else strength, "l2": L2, "path": steps, "nonzero": nonzero,
-                      "weights": W.size}
-            save_predictions(key, about if projected else f"{about}, on the prototypes before projection", classes,
-                             X_later @ W.T + b, inputs, forced, seconds=round(time.time() - began, 1), **fitted)
-            if projected:  # after its logits, whose thresholds 06 takes: 06 compares this file with the prototypes
-                meta = {**meta, **fitted, "classes": classes, "warnings": forced}
-                common.save_json(path.with_suffix(".json"), meta)
-                common.save_pt(path, {"meta": meta, **{k: torch.from_numpy(a) for k, a in
-                                      dict(W=W, b=b, mean=mean, std=std).items()}})
-            how = "own class only" if own_only else f"L1 strength {strength:.0e}"
-            print(f"{key:22s} fold 9 {summary[key]:.4f}  {nonzero:6,} of {W.size:6,} weights  {how}  "
-                  f"{time.time() - began:.1f} s", flush=True)
+    later = np.flatnonzero(prep.val | prep.test)
+    names = args.model or [m for m in MODELS if (args.run / m / "joint.pt").is_file()]
+    if not names:
+        sys.exit(f"{args.run} holds no trained model: run 02_train_joint.py first")
 
     # Black boxes: their own logits
-    present = [m for m in MODELS if any(list((args.run / m).glob(f"{f}*.pt")) for f in ("joint", "projected"))]
-    if not args.model and not present:
-        sys.exit(f"{args.run} holds no trained model: {common.rerun('02_train_joint.py')} first")
-    for name in [m for m in args.model or present if m in BOXES]:
+    for name in [n for n in names if n in BOXES]:
         path = args.run / name / "joint.pt"
-        maker = common.command("02_train_joint.py", name)
-        model, meta = common.load_model(path, maker, device)
-        common.same_input(meta, "prep", prep.path, path, maker, args.force)
-        logits = common.batched(lambda x: model(x)[0], prep, later, device)
-        save_predictions(name, "black box", model.classes, logits.numpy(), {f"{name}/joint.pt": common.file_hash(path)},
-                         meta.get("warnings", []))
-        print(f"{name:22s} fold 9 {summary[name]:.4f}", flush=True)
+        model, meta = common.load_model(path, "02_train_joint.py", args)
+        logits = common.batched(lambda x: model(x)[0], prep, later, args.device).numpy()
+        _, saved = save_classifier(
+            args, prep, name, "black box", logits, model.classes, [(path, meta)], {})
+        print(f"{name:22s} fold 9 {saved['meta']['val_auroc'] or np.nan:.4f}", flush=True)
 
-    # Prototype models: one pass for all scores, then the branch classifier
-    cached = {}
-    for name in [m for m in args.model or present if m not in BOXES]:
-        maker = common.command("03_project.py", name)
-        round_, path = common.newest(args.run / name, "projected", maker)
-        joint = path.with_name(path.name.replace("projected", "joint"))
-        model, meta = common.load_model(path, maker, device)
-        common.same_input(meta, "joint", joint, path, maker, args.force)
-        common.same_input(meta, "prep", prep.path, path, maker, args.force)
-        found = common.load_json(path.with_name("prototypes.json"), maker, "projected")
-        if found["projected"] != common.file_hash(path):
-            sys.exit(f"{path.with_name('prototypes.json')} does not fit {path}: "
-                     f"{common.rerun(maker)} again")
-        before = common.load_model(joint, common.command("02_train_joint.py", name, round_), device)[0]
+    # Branches: one pass for all scores, then the branch classifier
+    branches = {}
+    for name in [n for n in names if n not in BOXES]:
+        branches[name] = score_branch(args, prep, name)
+        classify(args, prep, name, f"{name} branch", [branches[name]])
 
-        def both_scores(x):
-            """x [B, 12, 1000] -> similarities to the projected and to the unprojected prototypes [B, 2, P]."""
-            z = model.latent(x)
-            return torch.stack([model.scores(z), before.scores(z)], 1)
-
-        parts = np.array_split(np.arange(len(prep.folds)), max(1, len(prep.folds) // 2048))
-        parts = tqdm(parts, desc=f"{name}: scores", leave=False, disable=None)
-        both = np.concatenate([common.batched(both_scores, prep, part, device).numpy() for part in parts])  # [N, 2, P]
-        scores, scores_before = np.ascontiguousarray(both.transpose(1, 0, 2))
-        common.save_npy(path.with_name("scores.npy"), scores)
-        p_code, p_patient = [model.classes[c] for c in model.p_class.tolist()], model.p_patient.cpu().numpy()
-        inputs, forced = {f"{name}/{path.name}": common.file_hash(path)}, meta.get("warnings", [])
-        for step, when, head, s in (("joint", "before", before.head, scores_before),
-                                    ("projected", "after", model.head, scores)):
-            with torch.no_grad():
-                logits = head(torch.from_numpy(s[later]).to(device)).cpu().numpy()
-            save_predictions(f"{name}-{step}", f"{name} with Stage 1's head, {when} projection", model.classes, logits,
-                             inputs, forced)
-        cfg = common.config_of(meta)
-        made = {**common.provenance(cfg, "04_fusion.py", projected=path, prep=prep.path), "recipe": cfg.recipe,
-                "warnings": forced}
-        classify(name, f"{name} branch, sparse classifier", scores, scores_before, p_patient, p_code, model.classes,
-                 inputs, {**made, "model": name}, path.with_name("classifier.pt"))
-        cached[name] = (scores, scores_before, p_patient, p_code, model.classes, inputs, made)
-
-    # Fusion: the branches' scores side by side, Eq. (9)
-    if all(b in cached for b in BRANCHES):
-        scores, scores_before, p_patient, p_code, codes, inputs, made = zip(*(cached[b] for b in BRANCHES))
-        if len({part["recipe"] for part in made}) > 1:
-            sys.exit(f"{args.run} holds branches of both recipes: train them all with one, in a folder of its own")
-        classes, inputs = [c for c in CODES if c in sum(codes, [])], {k: v for part in inputs for k, v in part.items()}
-        fused = {**made[0], "config": {b: part["config"] for b, part in zip(BRANCHES, made)}, "model": "fusion",
-                 "inputs": inputs, "warnings": sum((part["warnings"] for part in made), []),
-                 "branches": [[b, s.shape[1]] for b, s in zip(BRANCHES, scores)]}
-        both = (np.concatenate(scores, 1), np.concatenate(scores_before, 1), np.concatenate(p_patient), sum(p_code, []),
-                classes, inputs, fused)
-        classify("fusion", "fusion classifier, Eq. (10)", *both, args.run / "fusion.pt")
-        classify("fusion-own", "fusion with own-class weights only", *both, args.run / "fusion-own.pt", own_only=True)
-
-    # Of models that are others now or gone, nothing stays
-    predictions["models"] = {n: m for n, m in predictions["models"].items() if all(
-        (args.run / k).is_file() and common.file_hash(args.run / k) == v for k, v in m["inputs"].items())}
-    common.save_json(predictions_path, predictions)
-
-    # Macro aggregation: each label from its own branch
-    for name, members in (("macro", BRANCHES), ("blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])):
-        if all(m in predictions["models"] for m in members):
-            logits = [common.load_npy(args.run / f"logits_{m}.npy", common.command("04_fusion.py", m)) for m in members]
-            classes, forced = (sum((predictions["models"][m].get(k, []) for m in members), [])
-                               for k in ("classes", "warnings"))
-            merged = np.nan_to_num(np.stack(logits)).sum(0)[:, common.columns(classes)]  # the groups are disjoint
-            save_predictions(name, "each label from its own branch", classes, merged,
-                             {k: v for m in members for k, v in predictions["models"][m]["inputs"].items()}, forced)
-            print(f"{name:22s} fold 9 {summary[name]:.4f}")
-    if predictions["left_out"]:
-        print(f"left out, without a training record: {' '.join(predictions['left_out'])}")
-    first = [n for n in ("fusion", "macro", *MODELS) if n in summary]
-    print(f"{args.run}: fold-9 macro-AUROC " + ", ".join(f"{n} {summary[n]:.4f}" for n in first))
+    # Fusion: the branches' scores side by side
+    if all(b in branches for b in BRANCHES):
+        three = [branches[b] for b in BRANCHES]
+        if len({branch.recipe for branch in three}) > 1:
+            sys.exit(f"{args.run} holds branches of both recipes: train them with one of them")
+        classify(args, prep, "fusion", "fusion classifier", three)
+        classify(args, prep, "fusion-own", "fusion, own-class weights", three, own_only=True)
+    merge(args, prep, "macro", BRANCHES)
+    merge(args, prep, "blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])
+    results = []
+    for name in ("fusion", "macro", *names):
+        path = args.run / "classifiers" / f"{name}.pt"
+        if path.is_file():
+            auroc = common.load(path, "04_fusion.py", args)["meta"]["val_auroc"]
+            results.append(f"{name} {auroc or np.nan:.4f}")
+    print(f"{args.run}: fold-9 macro-AUROC {', '.join(results)}")
 
 
 if __name__ == "__main__":
