@@ -1,9 +1,9 @@
 """Stage 02, joint training (paper 3.5, Stage 1): backbone and prototypes under Eq. (2).
 
-Keeps the epoch with the best macro-AUROC on fold 9. Our recipe starts each branch from a black box
-(trained here first if the run has none) and its prototypes from real training windows; the
-authors' starts from ImageNet or at random. Fold 10 is never touched. The same command again goes
-on after the last whole epoch and keeps finished models.
+Keeps the epoch with the best macro-AUROC on fold 9. Our recipe starts branches from a black box,
+trained first if the run has none, and prototypes from real training windows; the authors' start is
+ImageNet or random. Fold 10 is never touched. The same command again goes on after the last whole
+epoch and keeps finished models.
 
 reads   PREP/*.npy, preprocess.json; with --round 2 RUN/MODEL/projected.pt
 writes  RUN/MODEL/joint.pt, log.jsonl (a line an epoch, epoch 0 is the start); last.pt to go on from
@@ -11,8 +11,8 @@ writes  RUN/MODEL/joint.pt, log.jsonl (a line an epoch, epoch 0 is the start); l
     python 02_train_joint.py                      the three branches: rhythm, morphology, global
     python 02_train_joint.py --model rhythm       one of them
     python 02_train_joint.py --recipe paper       the authors' settings, in runs/paper
-    python 02_train_joint.py --recipe paper --round 2       again, from the projected prototypes
-    python 02_train_joint.py --no-contrastive --run runs/plain        without Eq. (7)
+    python 02_train_joint.py --recipe paper --round 2    again, from the projected prototypes
+    python 02_train_joint.py --no-contrastive --run runs/plain    without Eq. (7)
     python 02_train_joint.py --set width=32 per_class=5,5,5 --run runs/small    other settings
                                                   (Config in common.py lists and explains them)
 
@@ -21,7 +21,6 @@ Last line: `runs/default: rhythm 0.9600, morphology 0.9200, global 0.9400 (fold-
 """
 import copy
 import json
-import math
 import sys
 import time
 from dataclasses import asdict, replace
@@ -37,20 +36,21 @@ from threadpoolctl import threadpool_limits
 from torch.optim import lr_scheduler
 
 import common
-from common import BOXES, BRANCHES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES, WINDOW, columns
+from common import (
+    BOXES, BRANCHES, CODES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES, WINDOW, columns)
 
 MAKER = "02_train_joint.py"
+ONE_DIM = "rhythm", "all-1d", "blackbox-1d", "blackbox-rhythm"  # never from ImageNet
 DEMO = dict(width=16, epochs=6, blackbox_epochs=40, batch=32)  # what --demo changes
 CHOICES = {
-    "start": ["random", "imagenet", *BOXES],
+    "start": ["random", "imagenet", "blackbox"],
     "pool": ["mean", "meanmax"],
     "add_on": ["whitened", "sigmoid"],
     "prototypes": ["data", "random"],
     "sampler": ["shuffle", "weighted"],
-    "project_every": [0, 1],
     "head": ["refit", "free", "frozen"],
     "optimizer": ["adam", "adamw"],
-    "scheduler": ["constant", "cosine", "plateau", "step", "cyclic", "onecycle"],
+    "scheduler": ["cosine", "onecycle", "plateau"],
 }
 
 
@@ -84,17 +84,17 @@ def record_weights(y):
 
 def load_data(model, args, cfg, prep):
     """The records that a model learns from and is judged by, as a namespace on the device."""
-    y = prep.labels[:, columns(model.classes)]
-    rows, val = np.flatnonzero(prep.train), np.flatnonzero(prep.val)
-    data = SimpleNamespace(x=prep.x, rows=torch.from_numpy(rows).to(args.device))
-    data.y = torch.from_numpy(y[rows]).float().to(args.device)  # [N, C]
+    own, rows, val = columns(model.classes), np.flatnonzero(prep.train), np.flatnonzero(prep.val)
+    data = SimpleNamespace(x=prep.x, w=None, draw=None, val_y=prep.labels[val][:, own])
+    data.rows, data.val_rows = (torch.from_numpy(r).to(args.device) for r in (rows, val))
+    data.y = torch.from_numpy(prep.labels[rows][:, own]).float().to(args.device)  # [N, C]
     data.patients = torch.from_numpy(prep.patient_ids[rows]).to(args.device)
-    data.val_rows, data.val_y = torch.from_numpy(val).to(args.device), y[val]
-    own = columns(model.classes)
     data.jaccard = torch.tensor(prep.info["jaccard"], device=args.device)[own][:, own]
-    n = data.y.sum(0)
-    data.w = (len(rows) - n) / n if cfg.class_weights else None  # [C], Eq. (3)
-    data.draw = record_weights(data.y.cpu()) if cfg.sampler == "weighted" else None
+    if cfg.class_weights:
+        n = data.y.sum(0)
+        data.w = (len(rows) - n) / n  # [C], w of Eq. (3)
+    if cfg.sampler == "weighted":
+        data.draw = record_weights(data.y.cpu())
     return data
 
 
@@ -161,8 +161,6 @@ def validate(model, data):
     """Macro-AUROC on fold 9, in float32."""
     model.eval()
     logits = torch.cat([model(data.x[i])[0] for i in data.val_rows.split(256)])
-    if not logits.isfinite().all():
-        sys.exit("a logit on fold 9 is not a number any more: train again with a lower lr")
     return common.macro_auroc(data.val_y, logits.cpu().numpy())
 
 
@@ -170,29 +168,30 @@ def validate(model, data):
 def refit_head(model, z, carries, patients):
     """Solve Eq. (10) with own-class weights alone: z [N, D, L], carries [N, C], patients [N].
 
-    A head that follows SGD lags behind the prototypes; this one lets the fold-9 AUROC of an epoch
-    tell how far the evidence of a class's own prototypes goes. As in Stage 3, a record's similarity
-    to prototypes of its own patient is taken as the mean.
+    A head that follows SGD lags behind the prototypes; with this one the fold-9 AUROC of an epoch
+    tells how far the evidence of a class's own prototypes goes. As in Stage 3, a record's
+    similarity to prototypes of its own patient is taken as the mean.
     """
     s = torch.cat([model.scores(part.to(model.p.device)) for part in z.split(128)])
     s = s.double().cpu().numpy()  # [N, P]
     mean, std = s.mean(0), s.std(0).clip(1e-6)
-    same = patients[:, None] == model.p_patient.cpu().numpy()
-    X = np.where(same, 0.0, (s - mean) / std)
-    import importlib
-    stage_3 = importlib.import_module("04_fusion")
-    off = model.p_class.cpu().numpy() != np.arange(len(model.classes))[:, None]
-    W, b, _ = stage_3.fit(X, carries.astype(np.float64), off, np.inf)
+    X = (s - mean) / std
+    X[patients[:, None] == model.p_patient.cpu().numpy()] = 0
+    p_class, W = model.p_class.cpu().numpy(), np.zeros(model.head.weight.shape)
+    b = np.zeros(len(W))
+    for c in range(len(W)):
+        solver = LogisticRegression(C=1 / (1e-4 * len(X)), solver="newton-cholesky", tol=1e-6)
+        solver.fit(X[:, p_class == c], carries[:, c])
+        W[c, p_class == c], b[c] = solver.coef_[0], solver.intercept_[0]
     model.head.weight.copy_(torch.from_numpy(W / std))
     model.head.bias.copy_(torch.from_numpy(b - W / std @ mean))
 
 
 @torch.no_grad()
 def project_and_refit(model, prep, cfg, device):
-    """Stage 2 between epochs: prototypes go back to real windows, and the head is solved for them.
-    Returns what the head was solved on: z [N, D, L], carries [N, C], patients [N]."""
+    """Stage 2 between epochs: prototypes go back to real windows, and the head is solved anew."""
     if not cfg.project_every and cfg.head != "refit":
-        return None
+        return
     z, carries, rows = common.training_set(model, prep, device)
     if cfg.project_every:
         p, found = common.project(
@@ -201,197 +200,180 @@ def project_and_refit(model, prep, cfg, device):
         model.p_patient.copy_(common.own_patients(found, prep, cfg))
     if cfg.head == "refit":
         refit_head(model, z, carries, prep.patient_ids[rows])
-    return z, carries, prep.patient_ids[rows]
 
 
-def unprojected(model, p, found, cfg):
-    """The model with the prototypes p that it had before `project_and_refit` gave `found`."""
-    kept = copy.deepcopy(model)
-    kept.p.data.copy_(p)
-    if cfg.head == "refit":
-        refit_head(kept, *found)
-    return kept
-
-
-def make_optimizer(model, cfg, steps, per_epoch):
-    """The optimizer and its schedule over `steps` steps (Appendix E); plateau goes by epochs."""
-    black_box = model.kind == "blackbox"
-    lr = cfg.blackbox_lr if black_box else cfg.lr
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(model, cfg, steps):
+    """The optimizer and its schedule (Appendix E) of so many steps; plateau goes by epochs."""
+    lr = cfg.blackbox_lr if model.kind == "blackbox" else cfg.lr
     make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    o = make(parameters, lr=lr, weight_decay=cfg.weight_decay, fused=True)
-    match cfg.scheduler:
-        case "constant":
-            return o, lr_scheduler.ConstantLR(o, 1.0)
-        case "cosine":
-            return o, lr_scheduler.CosineAnnealingLR(o, steps)
-        case "step":
-            return o, lr_scheduler.StepLR(o, 10 * per_epoch, 0.5)
-        case "cyclic":
-            return o, lr_scheduler.CyclicLR(o, lr / 10, lr, 2 * per_epoch, cycle_momentum=False)
-        case "onecycle":
-            return o, lr_scheduler.OneCycleLR(o, lr, max(steps, 2))
-        case "plateau":
-            return o, lr_scheduler.ReduceLROnPlateau(o, "max", 0.5, 3)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make(learning, lr=lr, weight_decay=cfg.weight_decay, fused=True)
+    if cfg.scheduler == "cosine":
+        return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if cfg.scheduler == "onecycle":
+        return optimizer, lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2))
+    return optimizer, lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, 3)
 
 
 def train(name, args, cfg, prep):
     """Train one model and write its joint.pt; returns the fold-9 macro-AUROC that it has."""
-    folder = args.run / name
-    out, last = folder / "joint.pt", folder / "last.pt"
-    if (done := finished(out, args, cfg)) is not None:
-        return done
-    black_box, device = name in BOXES, args.device
+    black_box, out = name in BOXES, args.run / name / "joint.pt"
+    last = out.with_name("last.pt")
+    meta = describe(name, args, cfg, prep)
+    if done := made_before(out, meta):
+        print(f"{name}: {out} is finished, kept", flush=True)
+        return done["meta"]["val_auroc"]
     torch.manual_seed(cfg.seed)
-    model, meta = start(name, args, cfg, prep)
+    model = start(meta, args, cfg, prep)
     data = load_data(model, args, cfg, prep)
-    if black_box or cfg.head != "free":
-        model.head.requires_grad_(black_box)
-    average = copy.deepcopy(model).requires_grad_(False) if black_box and cfg.blackbox_ema else model
-    epochs, per_epoch = cfg.blackbox_epochs if black_box else cfg.epochs, -(-len(data.rows) // cfg.batch)
-    optimizer, scheduler = make_optimizer(model, cfg, epochs * per_epoch, per_epoch)
-    log, kept, seconds = [], copy.deepcopy(model.state_dict()), 0.0
+    model.head.requires_grad_(black_box or cfg.head == "free")
+    average = model
+    if black_box and cfg.blackbox_ema:
+        average = copy.deepcopy(model).requires_grad_(False)
+    epochs = cfg.blackbox_epochs if black_box else cfg.epochs
+    steps = epochs * -(-len(data.rows) // cfg.batch)
+    optimizer, scheduler = make_optimizer(model, cfg, steps)
     learning = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    if last.is_file() and (saved := common.load(last, MAKER))["meta"]["round"] == args.round:
-        if saved["meta"] != {**meta, "commands": saved["meta"]["commands"]}:
-            sys.exit(f"{last} is of another setting: delete {folder} or name another --run")
+    log, kept, seconds = [], model.state_dict(), 0.0
+    if saved := made_before(last, meta):
         for key, part in learning.items():
             part.load_state_dict(saved[key])
         log, kept, seconds = saved["log"], saved["kept"], saved["seconds"]
         torch.set_rng_state(saved["random"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["random_cuda"], device)
+        torch.cuda.set_rng_state_all(saved["random_cuda"])
         print(f"{name}: goes on after epoch {log[-1]['epoch']}", flush=True)
     elif not black_box:  # the start is epoch 0, so that what is kept is never worse on fold 9
-        log.append({"epoch": 0, "val_auroc": validate(model, data)})
+        log, kept = [{"epoch": 0, "val_auroc": validate(model, data)}], copy.deepcopy(kept)
         print(f"{name}: {len(model.p)} prototypes for {len(model.classes)} labels, at the start "
               f"fold 9 {log[0]['val_auroc']:.4f}", flush=True)
 
     for epoch in range(len(log) + black_box, epochs + 1):
-        best = max(log, key=lambda e: e["val_auroc"], default={"epoch": 0, "val_auroc": -np.inf})
+        best = best_of(log)
         if epoch - 1 - best["epoch"] >= cfg.patience:
             break
         began = time.time()
         terms = train_epoch(model, average, data, optimizer, scheduler, cfg, epoch)
         if not np.isfinite(list(terms.values())).all():
-            sys.exit(f"{name}: the loss is not a number any more in epoch {epoch} ({terms}): train "
-                     "again with a lower lr")
+            sys.exit(f"{name}: no number in epoch {epoch}: {terms}: train again with a lower lr")
         if not black_box:
             p = model.p.detach().clone()
-            found = project_and_refit(model, prep, cfg, device)
+            project_and_refit(model, prep, cfg, args.device)
         auroc = validate(average, data)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
-        if auroc > best["val_auroc"]:  # judged as projected, kept as before: Stage 2 proper is 03's
-            best_model = average if black_box else unprojected(model, p, found, cfg)
-            kept = copy.deepcopy(best_model.state_dict())
+        if auroc > best["val_auroc"]:
+            kept = copy.deepcopy(average.state_dict())
+            if not black_box:  # judged as projected, kept as before: Stage 2 proper is 03's
+                kept["p"] = p
         lr = optimizer.param_groups[0]["lr"]
         log.append({"epoch": epoch, "lr": lr, "val_auroc": auroc, **terms})
         seconds += time.time() - began
         left = seconds / epoch * (epochs - epoch) / 60
-        print(f"{name:12s} epoch {epoch:3d}/{epochs}  loss {terms['total']:8.4f}  "
-              f"bce {terms['bce']:7.4f}  fold 9 {auroc:.4f} (best {max(auroc, best['val_auroc']):.4f})"
-              f"  {time.time() - began:5.1f} s  {left:4.0f} min left", flush=True)
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        print(f"{name:12s} epoch {epoch:3d}/{epochs}  loss {terms['total']:8.4f}  bce "
+              f"{terms['bce']:7.4f}  fold 9 {auroc:.4f} (best {best_of(log)['val_auroc']:.4f})  "
+              f"{time.time() - began:5.1f} s  {left:4.0f} min left", flush=True)
         states = {key: part.state_dict() for key, part in learning.items()}
         common.save(last, {"meta": meta, **states, "log": log, "kept": kept, "seconds": seconds,
-                           "random": torch.get_rng_state(), "random_cuda": cuda})
+                           "random": torch.get_rng_state(),
+                           "random_cuda": torch.cuda.get_rng_state_all()})
 
-    best = max(log, key=lambda e: e["val_auroc"])
+    best = best_of(log)
     model.load_state_dict(kept)
-    auroc = best["val_auroc"]
-    if black_box and cfg.head == "refit":
-        auroc = refit_black_box(model.eval(), prep, device)
-        print(f"{name}: head solved on frozen features, fold 9 {best['val_auroc']:.4f} -> {auroc:.4f}")
-    meta.update(val_auroc=auroc, epochs=log[-1]["epoch"], best_epoch=best["epoch"],
+    meta.update(val_auroc=best["val_auroc"], best_epoch=best["epoch"], epochs=log[-1]["epoch"],
                 seconds=round(seconds, 1), threads=torch.get_num_threads())
-    common.save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+    if black_box and cfg.head == "refit":
+        meta["val_auroc"] = refit_black_box(model.eval(), prep, args.device)
+        print(f"{name}: head solved on frozen features, fold 9 {meta['val_auroc']:.4f}", flush=True)
+    common.save(out.with_name("log.jsonl"), "".join(json.dumps(line) + "\n" for line in log))
     state = {k: v.cpu() for k, v in model.state_dict().items()}
     common.save(out, {"meta": meta, "state": state})  # last: with it the model is finished
     last.unlink(missing_ok=True)
-    return auroc
+    return meta["val_auroc"]
 
 
-def finished(out, args, cfg):
-    """The fold-9 AUROC of a joint.pt that is what training would make now, or None if there is
-    none; exits if it is of other settings, inputs or code."""
-    if not out.is_file():
+def best_of(log):
+    """The first of the epochs with the best fold-9 macro-AUROC."""
+    return max(log, key=lambda e: e["val_auroc"], default={"epoch": 0, "val_auroc": -np.inf})
+
+
+def made_before(path, meta):
+    """What joint.pt or last.pt holds of the training that `meta` describes; None if it is not there
+    or of the round before; exits if it is of other settings, inputs or code."""
+    saved = common.load(path, MAKER) if path.is_file() else None
+    if saved is None or saved["meta"]["round"] < meta["round"]:
         return None
-    done = common.load(out, MAKER)["meta"]
-    if done["round"] < args.round:
-        return None
-    same = done["code"] == code() and common.config_of(done) == cfg
-    if not same or common.changed_input(done, args):
-        sys.exit(f"{out} is of other settings, inputs or code: delete {out.parent}, or name another "
-                 "folder with --run")
-    print(f"{done['model']}: {out} is finished, kept", flush=True)
-    return done["val_auroc"]
-
-
-def code():
-    """Fingerprints of what decides how a model is trained."""
-    return {name: common.file_hash(Path(__file__).parent / name) for name in ("common.py", MAKER)}
+    if any(saved["meta"][k] != meta[k] for k in ("config", "made_from", "code")):
+        sys.exit(f"{path} is of other settings, inputs or code: delete {path.parent}, or name "
+                 "another folder with --run")
+    return saved
 
 
 # ---- Where a model starts from
 
 def start_of(name, cfg):
     """What the backbone of a model starts from: random, imagenet, or a black box of the run."""
-    two_dim = MODELS[name][0] in ("partial", "global") or name in BOXES[1:2] + BOXES[3:]
-    if name in BOXES and cfg.start != "random":
-        return "imagenet" if two_dim else "random"
-    if cfg.start == "imagenet" and not two_dim:
+    if cfg.start == "blackbox" and name not in BOXES:
+        return "blackbox-rhythm" if name == "rhythm" else "blackbox-1d"
+    if cfg.start == "random" or name in ONE_DIM:
         return "random"
-    if name == "rhythm" and cfg.start == "blackbox-1d" and cfg.rhythm_alone:
-        return "blackbox-rhythm"
-    return cfg.start
+    return "imagenet"
 
 
-def start(name, args, cfg, prep):
-    """(model, meta) that training starts from; exits if its labels have nothing to learn from."""
+def describe(name, args, cfg, prep):
+    """The meta of a model: what it is and what it is made from."""
     kind, group = MODELS[name]
-    n = prep.labels[prep.train][:, columns(GROUPS[group])].sum(0).tolist()
-    positives = {c: k for c, k in zip(GROUPS[group], n) if k}
-    y_val = prep.labels[prep.val][:, columns(positives)]
+    count = dict(zip(CODES, prep.labels[prep.train].sum(0).tolist()))
+    classes = [c for c in GROUPS[group] if count[c]]
+    y_val = prep.labels[prep.val][:, columns(classes)]
     if (y_val == y_val[:1]).all():
         sys.exit(f"{args.prep} has no {group} label to learn in folds 1-8 and to judge in fold 9: "
                  "run 01_preprocess.py with more records")
-    meta = {"config": asdict(cfg), "model": name, "round": args.round, "classes": [*positives],
-            "left_out": [c for c in GROUPS[group] if c not in positives], "code": code(),
-            "per_class": None, "latent_dim": None}
+    here = Path(__file__).parent
+    meta = {"config": asdict(cfg), "model": name, "round": args.round, "classes": classes,
+            "per_class": None, "latent_dim": None,
+            "code": {f: common.file_hash(here / f) for f in ("common.py", MAKER)}}
+    inputs, source = [(prep.path, prep.info)], start_of(name, cfg)
     if kind != "blackbox":  # no more prototypes than the class has windows
         most = cfg.per_class[list(WINDOW).index(kind)]
         windows = 30 if kind == "partial" else 1
-        meta["per_class"] = [min(most, windows * k) for k in positives.values()]
-    meta.update(common.provenance(args, (prep.path, prep.info)))
-    scaler = common.Scaler(**prep.info["scaler"]) if cfg.scale_input else common.Scaler()
-    source = start_of(name, cfg)
-    if args.round > 1:
-        model = next_round(name, meta, args, cfg)
-    elif source in BOXES:
-        return start_from_black_box(source, meta, args, cfg, prep, scaler), meta
-    else:
-        model = common.build(meta, scaler).to(args.device)
-        if source == "imagenet":
-            load_imagenet(model.backbone, args.imagenet)
-    if kind != "blackbox" and cfg.head == "refit":
-        z, carries, rows = common.training_set(model, prep, args.device)
-        refit_head(model, z, carries, prep.patient_ids[rows])
-    return model, meta
-
-
-def next_round(name, meta, args, cfg):
-    """The projected model of the round before, to repeat Stages 1 and 2 from (Appendix E)."""
+        meta["per_class"] = [min(most, windows * count[c]) for c in classes]
+    if source in BOXES:
+        path = args.run / source / "joint.pt"
+        inputs.append((path, common.load(path, MAKER, args)["meta"]))
+        meta["latent_dim"] = len(inputs[1][1]["classes"])
+    if args.round == 1:
+        return {**meta, **common.provenance(args, *inputs)}
     path = args.run / name / "projected.pt"
-    model, past = common.load_model(path, "03_project.py", args)
-    if past["round"] != args.round - 1 or common.config_of(past) != cfg:
-        sys.exit(f"{path} is of round {past['round']} or of other settings: give 02 the settings of "
-                 f"round {args.round - 1}, then run 03_project.py")
-    meta.update(common.provenance(args, (path, past)))
-    meta.update(per_class=past["per_class"], latent_dim=past["latent_dim"])
+    meta.update(common.provenance(args, (path, common.load(path, "03_project.py")["meta"])))
     for file in ("joint.pt", "projected.pt"):  # which this round replaces
         del meta["made_from"][f"{name}/{file}"]
+    return meta
+
+
+def start(meta, args, cfg, prep):
+    """The model that training starts from."""
+    name, source = meta["model"], start_of(meta["model"], cfg)
+    if args.round > 1:  # Stages 1 and 2 again, from the projected prototypes (Appendix E)
+        path = args.run / name / "projected.pt"
+        model, past = common.load_model(path, "03_project.py", args)
+        if past["round"] != args.round - 1 or past["config"] != meta["config"]:
+            sys.exit(f"{path} is of another round or of other settings: run 03_project.py after "
+                     "the round before, and give 02 its settings")
+    elif source in BOXES:
+        model = start_from_black_box(source, meta, args, cfg, prep)
+    else:
+        model = common.build(meta, scaler_of(prep, cfg)).to(args.device)
+        if source == "imagenet":
+            load_imagenet(model.backbone, args.imagenet)
+    if name not in BOXES and cfg.head == "refit":
+        z, carries, rows = common.training_set(model, prep, args.device)
+        refit_head(model, z, carries, prep.patient_ids[rows])
     return model
+
+
+def scaler_of(prep, cfg):
+    """The scaling of the leads, which is part of a model."""
+    return common.Scaler(**prep.info["scaler"]) if cfg.scale_input else common.Scaler()
 
 
 def load_imagenet(backbone, path):
@@ -458,7 +440,7 @@ def whitening(u):
     return E @ torch.diag((variance + variance.mean()).rsqrt()) @ E.T, steps.mean(0)
 
 
-def start_from_black_box(source, meta, args, cfg, prep, scaler):
+def start_from_black_box(source, meta, args, cfg, prep):
     """A prototype model on a black box's backbone: whitened latents, real windows as prototypes.
 
     The add-on maps each latent step to the black box's class directions (the rows of a head solved
@@ -470,15 +452,14 @@ def start_from_black_box(source, meta, args, cfg, prep, scaler):
     for k in ("seed", "width", "pool", "scale_input", "blackbox_epochs", "blackbox_lr"):
         if before["config"][k] != getattr(cfg, k):
             sys.exit(f"{path} has {k} {before['config'][k]}: --set that, or name another --run")
-    meta.update(common.provenance(args, (prep.path, prep.info), (path, before)))
-    meta["latent_dim"] = len(box.classes)
-    model = common.build(meta, scaler).to(args.device).eval()
+    model = common.build(meta, scaler_of(prep, cfg)).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
     # stronger L2 than for the black box's own head: classes of few records need the restraint
     V = black_box_heads(box, prep, args.device, [0.1])[0][0]  # [71, 512 or 1024]
     if model.kind != "1d" and cfg.pool == "meanmax":  # a step's evidence through both poolings
         V = V[:, :V.shape[1] // 2] + V[:, V.shape[1] // 2:]
-    model.add_on.weight.data, model.add_on.bias.data = V[:, :, None].clone(), torch.zeros_like(V[:, 0])
+    model.add_on.weight.data = V[:, :, None].clone()
+    model.add_on.bias.data = torch.zeros_like(V[:, 0])
     z, carries, rows = common.training_set(model, prep, args.device)  # [N, 71, L]
     Q, mean = whitening(z)
     z = torch.einsum("ed,ndl->nel", Q.float(), z - mean.float()[:, None])  # [N, D, L]
@@ -487,8 +468,6 @@ def start_from_black_box(source, meta, args, cfg, prep, scaler):
     model.add_on.bias.data = -(Q @ mean)
     if cfg.prototypes == "data":
         set_to_windows(model, z, carries, rows, prep, cfg)
-    if cfg.head == "refit":
-        refit_head(model, z, carries, prep.patient_ids[rows])
     return model
 
 
@@ -522,15 +501,15 @@ def settings(args, p):
     cfg = replace(common.RECIPES[args.recipe], seed=args.seed)
     if args.demo:
         cfg = replace(cfg, **DEMO)
-        if args.recipe == "paper":  # whose ImageNet weights fit width 64 only
-            cfg = replace(cfg, start="random")
+    if args.demo and args.recipe == "paper":  # whose ImageNet weights fit width 64 only
+        cfg = replace(cfg, start="random")
+    if args.no_contrastive and args.recipe == "paper":  # Barnett et al.'s lambdas (Appendix E)
+        cfg = replace(cfg, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)
     if args.no_contrastive:
-        cfg = without_contrastive(cfg)
+        cfg = replace(cfg, lambda_cntrst=0.0)
     for text in args.set:
         name, _, value = text.partition("=")
-        if name not in asdict(cfg) or name in ("recipe", "seed", "rounds"):
-            p.error(f"--set {text}: Config in common.py has no such setting")
-        old = getattr(cfg, name)
+        old = asdict(cfg).get(name)
         try:
             if isinstance(old, bool):
                 new = {"yes": True, "no": False}[value]
@@ -538,35 +517,25 @@ def settings(args, p):
                 new = tuple(type(o)(v) for o, v in zip(old, value.split(","), strict=True))
             else:
                 new = type(old)(value)
-        except (KeyError, ValueError):
-            p.error(f"--set {text}: an example is {name}={old} (yes or no, three with commas)")
-        numbers = [new] if not isinstance(new, tuple) else new
-        if new not in CHOICES.get(name, [new]) or not all(
-                isinstance(v, str) or 0 <= v < math.inf for v in numbers):
-            p.error(f"--set {text}: it can be {CHOICES.get(name, 'any number from 0 on')}")
+        except (KeyError, ValueError, TypeError):
+            p.error(f"--set {text}: Config in common.py has {name}={old}")
+        if new not in CHOICES.get(name, [new]):
+            p.error(f"--set {text}: choose from {', '.join(CHOICES[name])}")
         cfg = replace(cfg, **{name: new})
-    least = (cfg.batch, cfg.blackbox_epochs, cfg.patience, cfg.width, cfg.top_k, *cfg.per_class)
-    if min(least) < 1 or cfg.width % 16 or max(cfg.dropout, cfg.blackbox_ema) >= 1:
-        p.error("--set: batch, patience, top_k, per_class and blackbox_epochs are at least 1, width "
-                "is a multiple of 16, dropout and blackbox_ema are below 1")
-    if cfg.start not in BOXES:  # without a trained backbone there are no latents to take them from
+    counts = cfg.batch, cfg.patience, cfg.blackbox_epochs, cfg.width, cfg.top_k, *cfg.per_class
+    if min(counts) < 1 or cfg.width % 16 or not 0 < min(cfg.lr, cfg.blackbox_lr) < 1:
+        p.error("--set: counts are at least 1, width is a multiple of 16, lr is between 0 and 1")
+    if cfg.start != "blackbox":  # there are no latents yet to take prototypes from
         cfg = replace(cfg, prototypes="random")
     elif cfg.add_on == "sigmoid":
-        p.error("--set add_on=sigmoid needs start=random or imagenet")
+        p.error("--set add_on=sigmoid needs start=random or start=imagenet")
     return cfg
-
-
-def without_contrastive(cfg):
-    """`cfg` with lambda_cntrst = 0; the paper recipe then takes Barnett et al.'s (Appendix E)."""
-    if cfg.recipe == "paper":
-        cfg = replace(cfg, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)
-    return replace(cfg, lambda_cntrst=0.0)
 
 
 def main():
     p = common.argument_parser(__doc__, *common.RUN_FLAGS, "seed")
-    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of the "
-                   "recipe: yes or no, a number, a word, three numbers with commas")
+    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of "
+                   "the recipe: a number, a word, yes or no, three numbers with commas")
     p.add_argument("--no-contrastive", action="store_true", help="train without Eq. (7)")
     p.add_argument("--round", type=int, default=1, help="2: once more, from projected prototypes")
     p.add_argument("--imagenet", type=Path, metavar="FILE", default=Path("data") / IMAGENET,
@@ -585,9 +554,6 @@ def main():
         print(f"first what the branches start from: {', '.join(missing)}", flush=True)
     names = sorted([*missing, *names], key=lambda name: name not in boxes)
     best = {name: train(name, args, cfg, prep) for name in names}
-    if args.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(args.device) / 2**30
-        print(f"GPU memory {memory:.2f} GiB at most")
     results = ", ".join(f"{name} {auroc:.4f}" for name, auroc in best.items())
     print(f"{args.run}: {results} (fold-9 macro-AUROC)")
 

@@ -1,16 +1,15 @@
 """Stage 04, classifiers (paper 3.5, Stage 3, Eq. 9-10): sparse linear layers on similarities.
 
-One forward pass a branch gives every record's similarity to every prototype. On the standardised
-similarities of folds 1-8 the convex problem of Eq. (10) is solved to its optimum, for each branch
-on its own labels and for the fusion of all branches on all labels; the L1 strength is chosen on
-fold 9. Only weights of other classes' prototypes carry the L1 term. In our recipe lambda depends on
-the label, and what a prototype scores on records of its own patient is left out.
+Solves the convex problem of Eq. (10) to its optimum on the standardised similarities of folds 1-8,
+for each branch on its own labels and for the fusion of all branches on all labels; the L1 strength
+is chosen on fold 9. Only weights of other classes' prototypes carry the L1 term. In our recipe
+lambda depends on the label, and what a prototype scores on its own patient's records is left out.
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/projected.pt, RUN/blackbox-*/joint.pt
 writes  RUN/classifiers/NAME.pt: logits of folds 9 and 10 [., 71], thresholds [C] chosen on fold 9,
-        W [C, P], b [C], mean [P], std [P], and how sparse it is. NAMEs: each model; fusion;
-        fusion-own (own-class weights alone); macro and blackbox-macro (each label from its own
-        branch); steps on the way: NAME-joint, -projected (Stage 1's head), -unprojected
+        W [C, P], b [C], mean [P], std [P]. NAMEs: each model; fusion; fusion-own (own-class weights
+        alone); macro and blackbox-macro (each label from its own branch); steps on the way:
+        NAME-joint and -projected (Stage 1's head), -unprojected
 
     python 04_fusion.py                      every model of the run, and the fusion of the three
     python 04_fusion.py --model rhythm       one of them
@@ -20,6 +19,7 @@ Last line: `runs/default: fold-9 macro-AUROC fusion 0.9350, macro 0.9300, ...`.
 """
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -302,7 +302,7 @@ def score_branch(args, prep, name):
             logits = model.head(torch.from_numpy(s[later]).to(args.device)).cpu().numpy()
         save_classifier(args, prep, f"{name}-{step}", f"{name} with Stage 1's head, {step}",
                         logits, model.classes, [(path, meta)], {})
-    return common.SimpleNamespace(
+    return SimpleNamespace(
         name=name, scores=scores, scores_before=scores_before, classes=model.classes,
         p_code=[model.classes[c] for c in model.p_class.tolist()], made=(path, meta),
         p_patient=model.p_patient.cpu().numpy(), recipe=meta["config"]["recipe"])

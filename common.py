@@ -1,6 +1,5 @@
-"""What two or more stages share, in the order of the paper: labels (3.1, Appendix G), settings
-(Appendix E), backbone, prototype layer and Eq. (1) (3.3), loss, Eq. (2)-(7) (3.4), projection,
-Eq. (8) (3.5), AUROC (3.1). Then a finished run to predict and explain with; command line; files.
+"""What two or more stages share, in the order of the paper: labels (3.1), settings (Appendix E),
+model and Eq. (1) (3.3), loss (3.4), projection (3.5), AUROC; then finished runs, flags and files.
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities,
 W [C, P] weights, y [B, C] labels.
@@ -83,8 +82,8 @@ class Config:
     width: int = 64              # channels of the first stage: 64 is ResNet18
     dropout: float = 0.2         # before the last stage; paper: tuned, place: authors' code
     scale_input: bool = True     # StandardScaler per lead, fitted on folds 1-8; paper: silent
-    start: str = "blackbox-1d"   # of the backbone; ours. Black boxes: 2D imagenet, 1D random
-    rhythm_alone: bool = True    # ours: rhythm starts from blackbox-rhythm, not blackbox-1d
+    start: str = "blackbox"      # of the backbone: ours, rhythm from blackbox-rhythm, the others
+                                 # from blackbox-1d; random; imagenet: paper (2D, 1D at random)
     pool: str = "meanmax"        # over time, 1D and black boxes; paper: mean
     add_on: str = "whitened"     # ours: linear, fitted to the start; authors' code: sigmoid
     prototypes: str = "data"     # ours: start at real training windows; authors' code: random
@@ -143,8 +142,8 @@ torch.backends.cuda.matmul.allow_tf32 = False
 class Conv(nn.Conv1d):
     """A 1D convolution of records on the height axis, [1, C, B, L].
 
-    It is 2D because only that has channels last, which saves a CPU a quarter of the time; and of
-    one high image it finds a wide kernel's gradient in half the time that B low ones take.
+    As an image it can have channels last, which saves a CPU a quarter of the time, and one high
+    image finds a wide kernel's gradient in half the time that B low ones take.
     """
 
     def forward(self, x):
@@ -175,10 +174,9 @@ class Block(nn.Module):
 class ResNet18(nn.Module):
     """The paper's ResNet1D-18 and its ResNet2D-18: x [B, 12, 1000] -> h [B, 8 * width, 32].
 
-    The 2D network begins with a 12 x 7 kernel on 1 x 12 x 1000, so from there on the lead axis has
-    height 1 and of every 3 x 3 kernel only the middle row meets data. Without that axis it is this
-    network, at a third of the arithmetic (tests/test_common.py proves it): the two differ in their
-    start (`load_imagenet`) and in what follows. Width 64 has 3,848,832 parameters.
+    The 2D network begins with a 12 x 7 kernel on 1 x 12 x 1000. From there on the lead axis has
+    height 1, and of every 3 x 3 kernel only the middle row meets data: it is this network, at three
+    times the arithmetic (tests/test_common.py). Width 64 has 3,848,832 parameters.
     """
 
     def __init__(self, width=64, dropout=0.0):
@@ -245,10 +243,8 @@ class Scaler(nn.Module):
 class ProtoECGNet(nn.Module):
     """One branch of the paper: backbone, add-on, prototypes p [P, D, T], linear head W [C, P].
 
-    kind is "1d", "partial" or "global" (3.3): T = 1, 3 or 32 latent steps. `per_class` [C] counts
-    prototypes by class, `latent_dim` is D (by default what the backbone gives), p_class [P] says
-    whose each prototype is and p_patient [P] from whom it was taken (-1: from nobody, or it counts
-    for all, see `own_patients`).
+    kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes; latent_dim is D. p_class
+    [P] says whose each prototype is, p_patient [P] whose records do not count (`own_patients`).
     """
 
     def __init__(self, kind, classes, per_class, cfg, scaler=None, latent_dim=None):
@@ -331,9 +327,8 @@ def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
 
     logits [B, C], s [B, P], y [B, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C] of the
     training labels, lambdas (clst, sep, div, cntrst), w [C] class weights or None. The BCE is
-    averaged over classes, which keeps the lambdas comparable between 3 and 71 labels. A record
-    without a positive has no clustering term, one with all labels no separation term; both count
-    in N.
+    averaged over classes, so that lambdas mean the same for 3 and 71 labels. A record with nothing
+    to choose from has no clustering or separation term, but counts in N.
     """
     N, P = s.shape
     bce = F.binary_cross_entropy_with_logits(logits, y, reduction="none")  # [B, C]
@@ -366,12 +361,10 @@ def _best(s, mask):
 def project(z, carries, ids, p, p_class, unique=False, runners=0):
     """Eq. (8): for every prototype the most similar window among records that carry its class.
 
-    z [N, D, L] latents of the training records, carries [N, C] bool their labels, ids [N] their
-    ecg_id, ascending, p [P, D, T], p_class [P]; each class has a record. Ties go to the lowest
-    ecg_id, then the earliest window. With `unique` no two prototypes of a class take the same
-    window (if there are enough): the best match chooses first. Returns the projected p [P, D, T]
-    and per prototype a list of (ecg_id, window, cosine): its source, then the best window of up to
-    `runners` other records.
+    z [N, D, L], carries [N, C] bool, ids [N] ascending, p [P, D, T], p_class [P]. Ties go to the
+    lowest id, then the earliest window. With `unique` no two prototypes of a class take the same
+    window: the best match chooses first. Returns the projected p and of each prototype a list of
+    (id, window, cosine): its source, then the best window of up to `runners` other records.
     """
     projected, found = p.clone(), [None] * len(p)
     for c in p_class.unique().tolist():
@@ -434,11 +427,11 @@ def macro_auroc(y, score):
 # ---- A finished run: what 06 and a notebook need
 
 def load_run(run, models=None, device="cpu"):
-    """The classifiers of a run folder, for which it needs nothing else: its fusion, or `models`.
+    """The classifiers of a run folder, which is all that they need: its fusion, or `models`.
 
-    Each is a namespace of name, classes [C], W [C, P], b [C], mean [P], std [P] float64,
-    thresholds [C] on the logit, descriptions {code: text}, the networks whose similarities are its
-    input, and their prototypes [P], as in prototypes.json, each with its `model`, `kind` and ECG x.
+    Each is a namespace of name, classes [C], W [C, P], b [C], mean [P], std [P], thresholds [C] on
+    the logit, descriptions {code: text}, networks and their prototypes [P], as in prototypes.json
+    but with `model`, `kind` and the ECG x [12, 1000] mV.
     """
     args = SimpleNamespace(run=Path(run), prep=None, device=torch.device(device))
     if models is None and (args.run / "classifiers/fusion.pt").is_file():
@@ -523,12 +516,9 @@ def parse(p):
             p.error("--threads must be at least 1")
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads, user_api="blas")
-    try:
-        args.device = torch.device(args.device)
-        torch.ones(1, device=args.device).item()
-    except (RuntimeError, AssertionError, ImportError) as e:
-        reason = str(e).splitlines()[0]
-        p.error(f"--device {args.device} cannot be used ({reason}); try --device cpu")
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: this torch finds no GPU; try --device cpu")
     return args
 
 
@@ -547,7 +537,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: finished files are whole; the same command goes on from here")
     except OSError as e:
-        sys.exit(f"{e}")
+        sys.exit(str(e))
 
 
 # ---- Files: written whole or not at all; each says what it was made from
@@ -568,10 +558,7 @@ def save(path, value):
     else:
         content.write(value.encode() if isinstance(value, str) else value)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content.getbuffer())
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path))  # a full disk names no file
+    temporary.write_bytes(content.getbuffer())
     os.replace(temporary, path)
 
 
