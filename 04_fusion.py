@@ -15,10 +15,9 @@ writes  RUN/classifiers/NAME.pt: logits of folds 9 and 10 [., 71], thresholds [C
     python 04_fusion.py --model rhythm       one of them
 
 Takes a few minutes on 2 CPU cores, half of it the forward passes.
-Last line: `runs/default: fold-9 macro-AUROC fusion 0.9350, macro 0.9300, ...`.
+Last line: `runs/default: classifiers of rhythm, morphology, global -> runs/default/classifiers`.
 """
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,32 +38,30 @@ MOST_OFF = {"default": 0.1, "paper": 1.0}  # share of off-class weights that may
 L2 = 1e-4  # on all weights; without it a class that is separable has no optimum
 ENTERING = 64  # weights that may join a class's working set at a time
 TOLERANCE = 1e-5  # on the optimality conditions, in units of the mean BCE
+TRAINED = "config round seconds epochs best_epoch val_auroc hardware threads".split()
 FEWEST = 10  # positives in fold 9 that a label needs for a threshold of its own
 
 
 # ---- Eq. (10)
 
 def lambda_of(strength, Y, recipe):
-    """lambda of Eq. (10) for each class of Y [N, C]: [C].
+    """lambda of Eq. (10) for each class of Y [N, C]: [C]; the paper has one for all.
 
-    The paper has one for all. In our recipe it is the strength times the standard deviation of the
-    label: at W = 0 the gradient of the BCE is the covariance of score and label, so the same
-    correlation, and not the same covariance, then lets a weight in, of rare and frequent labels.
+    In our recipe it is the strength times the standard deviation of the label: so the same
+    correlation, and not the same covariance, lets a weight in for rare and frequent labels.
     """
-    if recipe == "paper":
-        return np.full(Y.shape[1], strength)
-    return strength * np.maximum(Y.std(0), 1e-6)
+    scale = Y.std(0).clip(1e-6) if recipe == "default" else np.ones(Y.shape[1])
+    return strength * scale
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # for systems this small threads only wait
 def fit(X, Y, off, lambda_, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=200):
     """Minimise Eq. (10), mean BCE + lambda |W| over `off` + l2 / 2 |W|^2, for every class.
 
-    X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True where a weight is of another
-    class's prototype, all float64; lambda_ is a number or [C] (inf: no such weights). Starts at
-    W, b or at W = 0 and the log odds. Each class is a convex problem of its own: Newton's method on
-    a working set of own-class weights, non-zero weights and those that violate optimality most.
-    Returns W [C, P], b [C] and the largest violation of the optimality conditions.
+    X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True for other classes' prototypes,
+    in float64; lambda_ is [C] or a number, inf for no such weights. Newton's method on a working
+    set of own-class weights, non-zero weights and those that violate optimality most. Returns
+    W [C, P], b [C] and the largest violation.
     """
     if W is None:
         prior = Y.mean(0).clip(1e-9, 1 - 1e-9)
@@ -101,8 +98,7 @@ def violated(w, g, l1):
 def newton(X, y, l1, w, b, l2, tolerance):
     """Eq. (10) for one class: X [N, A + 1], last column ones, y [N], l1 [A], start w [A], b.
 
-    Proximal Newton with step halving. The Hessian is made in float32: it says how to get to the
-    optimum, and the gradient, in float64, where that is.
+    Proximal Newton with step halving. The Hessian may be float32: it only leads to the optimum.
     """
     X_32 = X.astype(np.float32)
     v, l1 = np.append(w, b), np.append(l1, 0.0)
@@ -161,28 +157,22 @@ def feature_sign(H, r, l1, v, tolerance):
 
 
 def fit_path(X, Y, off, X_val, y_val, recipe, what):
-    """Fit Eq. (10) from strong to weak L1; the strength with fold 9's best macro-AUROC is kept.
+    """Fit Eq. (10) from strong to weak L1: W, b, the strength that is best on fold 9, the path.
 
     Strengths that leave more than MOST_OFF of the off-class weights are not considered, but for the
-    strongest: nobody could read them. X [N, P], X_val [M, P], Y [N, C], y_val [M, C], off [C, P].
-    Returns W, b, the strength and the table of the path.
+    strongest: nobody could read them. X [N, P], Y [N, C], off [C, P], X_val [M, P], y_val [M, C].
     """
     path, fits, W, b = [], [], None, None
     for strength in tqdm(STRENGTHS[recipe], f"{what}: L1 strengths", leave=False, disable=None):
         W, b, violation = fit(X, Y, off, lambda_of(strength, Y, recipe), W, b)
         if fits and off.any() and (W[off] != 0).mean() > MOST_OFF[recipe]:
             break
-        auroc = known(common.macro_auroc(y_val, X_val @ W.T + b))
-        path.append({"strength": strength, "val_auroc": auroc, "nonzero": int((W != 0).sum()),
-                     "violation": violation})
+        auroc = np.nan_to_num(common.macro_auroc(y_val, X_val @ W.T + b))
+        path.append({"strength": strength, "val_auroc": float(auroc), "violation": violation,
+                     "nonzero": int((W != 0).sum())})
         fits.append((W, b))
-    best = int(np.argmax([row["val_auroc"] or 0 for row in path]))  # of equals the strongest
+    best = int(np.argmax([row["val_auroc"] for row in path]))  # of equals the strongest
     return *fits[best], path[best]["strength"], path
-
-
-def known(value):
-    """None for NaN, the AUROC of labels that fold 9 does not have."""
-    return None if np.isnan(value) else value
 
 
 # ---- Scores, and what is kept of a classifier
@@ -212,99 +202,91 @@ def thresholds_of(y, logits):
     return np.where(hits[-1] >= FEWEST, best, 0.0)
 
 
-def save_classifier(args, prep, name, about, logits, classes, inputs, more, **arrays):
-    """Write RUN/classifiers/NAME.pt from logits [folds 9 and 10, C]; `inputs` [(path, meta)] are
-    what it was made from, `more` joins its meta. Returns its (path, saved value)."""
+def save_classifier(args, prep, name, about, logits, classes, inputs, **more):
+    """Write RUN/classifiers/NAME.pt from logits [folds 9 and 10, C] and print a line.
+
+    `inputs` [(path, meta)] are what it was made from; arrays in `more` are saved, the rest joins
+    the meta. Returns (path, meta)."""
     later = prep.val | prep.test
+    y = prep.labels[prep.val][:, columns(classes)]
     full = np.full((later.sum(), len(CODES)), np.nan, np.float32)
     full[:, columns(classes)] = logits
-    on_val, y = full[prep.val[later]][:, columns(classes)], prep.labels[prep.val][:, columns(classes)]
-    trained = {}
+    on_val = full[prep.val[later]][:, columns(classes)]
+    auroc, trained = common.macro_auroc(y, on_val), {}
     for _, meta in inputs:
-        about_it = {k: meta[k] for k in ("config", "round", "seconds", "epochs", "best_epoch",
-                                         "val_auroc", "hardware", "threads") if k in meta}
-        trained.update(meta.get("trained") or {meta["model"]: about_it})
-    auroc = known(common.macro_auroc(y, on_val))
+        own = {k: meta[k] for k in TRAINED if k in meta}
+        trained.update(meta.get("trained") or {meta["model"]: own})
+    arrays = {k: torch.from_numpy(v) for k, v in more.items() if isinstance(v, np.ndarray)}
+    thresholds = thresholds_of(y, on_val).astype(np.float64)
     meta = {**common.provenance(args, *inputs), "name": name, "about": about, "classes": classes,
             "branches": [], "config": inputs[0][1]["config"], "trained": trained,
-            "val_auroc": auroc, **more}
-    arrays = {k: torch.from_numpy(np.asarray(v)) for k, v in arrays.items()}
-    saved = {"meta": meta, "logits": torch.from_numpy(full),
-             "thresholds": torch.from_numpy(thresholds_of(y, on_val).astype(np.float64)), **arrays}
+            "val_auroc": None if np.isnan(auroc) else auroc,
+            **{k: v for k, v in more.items() if k not in arrays}}
     path = args.run / "classifiers" / f"{name}.pt"
-    common.save(path, saved)
-    return path, saved
+    common.save(path, {"meta": meta, "logits": torch.from_numpy(full),
+                       "thresholds": torch.from_numpy(thresholds), **arrays})
+    sparse = f"{meta['nonzero']:6,} of {meta['weights']:6,} weights" if "weights" in meta else ""
+    print(f"{name:22s} fold 9 {auroc:.4f}  {sparse}", flush=True)
+    return path, meta
 
 
 def classify(args, prep, name, about, branches, own_only=False):
     """Fit Eq. (10) on the scores of one or several branches side by side, Eq. (9), and save it.
 
-    Then at the same strength on the scores before projection, of which only the logits are kept.
+    Then at the same strength on the scores before projection.
     """
-    began, recipe = time.time(), branches[0].recipe
+    recipe = branches[0].recipe
     p_code = np.array([c for branch in branches for c in branch.p_code])
     p_patient = np.concatenate([branch.p_patient for branch in branches])
     found = {c for branch in branches for c in branch.classes}
     classes = branches[0].classes if len(branches) == 1 else [c for c in CODES if c in found]
     off = p_code != np.array(classes)[:, None]  # [C, P]
     y = prep.labels[:, columns(classes)].astype(np.float64)
-    later, W, b, strength = prep.val | prep.test, None, None, np.inf
+    train, later, W, b, strength, path = prep.train, prep.val | prep.test, None, None, np.inf, []
     for step in ("", "-unprojected"):
-        scores = [branch.scores_before if step else branch.scores for branch in branches]
+        scores = [branch.before if step else branch.scores for branch in branches]
         X, mean, std = standardise(np.concatenate(scores, 1), prep, p_patient)  # Eq. (9)
         if step or own_only:
-            lambda_ = lambda_of(strength, y[prep.train], recipe)
-            W, b, violation = fit(X[prep.train], y[prep.train], off, lambda_, W, b)
-            path = []
+            lambda_ = lambda_of(strength, y[train], recipe)
+            W, b, violation = fit(X[train], y[train], off, lambda_, W, b)
         else:
             W, b, strength, path = fit_path(
-                X[prep.train], y[prep.train], off, X[prep.val], y[prep.val], recipe, name)
+                X[train], y[train], off, X[prep.val], y[prep.val], recipe, name)
             violation = max(row["violation"] for row in path)
-        if violation > TOLERANCE:
-            print(f"WARNING: {name}{step} is not at the optimum of Eq. (10): {violation:.0e}",
-                  file=sys.stderr)
-        more = {"branches": [branch.name for branch in branches], "l2": L2, "path": path,
-                "strength": None if own_only else strength, "nonzero": int((W != 0).sum()),
-                "weights": W.size, "violation": violation}
-        arrays = {"W": W, "b": b, "mean": mean, "std": std}
-        text = f"{about}, before projection" if step else about
-        _, saved = save_classifier(
-            args, prep, name + step, text, X[later] @ W.T + b, classes,
-            [branch.made for branch in branches], more, **arrays)
-        how = "own class only" if own_only else f"L1 strength {strength:.0e}"
-        print(f"{name + step:22s} fold 9 {saved['meta']['val_auroc'] or np.nan:.4f}  "
-              f"{more['nonzero']:6,} of {W.size:6,} weights  {how}  {time.time() - began:.1f} s",
-              flush=True)
+        save_classifier(
+            args, prep, name + step, about + (", before projection" if step else ""),
+            X[later] @ W.T + b, classes, [branch.made for branch in branches],
+            branches=[branch.name for branch in branches], l2=L2, path=path, violation=violation,
+            strength=None if own_only else strength, nonzero=int((W != 0).sum()), weights=W.size,
+            W=W, b=b, mean=mean, std=std)
 
 
 def score_branch(args, prep, name):
     """All records' similarities to a branch's prototypes, and logits with Stage 1's head."""
     path = args.run / name / "projected.pt"
     model, meta = common.load_model(path, "03_project.py", args)
-    after = model.p.data
-    before = common.load(path, "03_project.py", args)["p_joint"].to(args.device)
+    p_joint = common.load(path, "03_project.py", args)["p_joint"].to(args.device)
+    prototypes, later = (model.p.data, p_joint), prep.val | prep.test
 
     def both_scores(x):
         """x [B, 12, 1000] -> similarities after and before projection [B, 2, P]."""
         z, scores = model.latent(x), []
-        for p in (after, before):
+        for p in prototypes:
             model.p.data = p
             scores.append(model.scores(z))
         return torch.stack(scores, 1)
 
-    parts = np.array_split(np.arange(len(prep.folds)), max(1, len(prep.folds) // 2048))
-    parts = tqdm(parts, f"{name}: scores", leave=False, disable=None)
-    both = [common.batched(both_scores, prep, part, args.device).numpy() for part in parts]
-    scores, scores_before = np.ascontiguousarray(np.concatenate(both).transpose(1, 0, 2))
-    later = prep.val | prep.test
-    for step, s in (("joint", scores_before), ("projected", scores)):
+    rows = np.arange(len(prep.folds))
+    both = common.batched(both_scores, prep, rows, args.device, f"{name}: scores")  # [N, 2, P]
+    for step, s in (("joint", both[:, 1]), ("projected", both[:, 0])):
         with torch.no_grad():
-            logits = model.head(torch.from_numpy(s[later]).to(args.device)).cpu().numpy()
+            logits = model.head(s[later].to(args.device)).cpu().numpy()
         save_classifier(args, prep, f"{name}-{step}", f"{name} with Stage 1's head, {step}",
-                        logits, model.classes, [(path, meta)], {})
+                        logits, model.classes, [(path, meta)])
+    scores, before = (np.ascontiguousarray(s) for s in both.numpy().transpose(1, 0, 2))
     return SimpleNamespace(
-        name=name, scores=scores, scores_before=scores_before, classes=model.classes,
-        p_code=[model.classes[c] for c in model.p_class.tolist()], made=(path, meta),
+        name=name, scores=scores, before=before, classes=model.classes, made=(path, meta),
+        p_code=[model.classes[c] for c in model.p_class.tolist()],
         p_patient=model.p_patient.cpu().numpy(), recipe=meta["config"]["recipe"])
 
 
@@ -317,16 +299,14 @@ def merge(args, prep, name, members):
     classes = [c for s in saved for c in s["meta"]["classes"]]
     logits = np.nan_to_num(np.stack([s["logits"] for s in saved])).sum(0)  # groups are disjoint
     inputs = [(path, s["meta"]) for path, s in zip(paths, saved)]
-    _, merged = save_classifier(args, prep, name, "each label from its own branch",
-                                logits[:, columns(classes)], classes, inputs, {})
-    print(f"{name:22s} fold 9 {merged['meta']['val_auroc']:.4f}")
+    save_classifier(args, prep, name, "each label from its own branch",
+                    logits[:, columns(classes)], classes, inputs)
 
 
 def main():
     p = common.argument_parser(__doc__, *common.RUN_FLAGS)
     args = common.parse(p)
     prep = common.load_prep(args.prep)
-    later = np.flatnonzero(prep.val | prep.test)
     names = args.model or [m for m in MODELS if (args.run / m / "joint.pt").is_file()]
     if not names:
         sys.exit(f"{args.run} holds no trained model: run 02_train_joint.py first")
@@ -335,10 +315,9 @@ def main():
     for name in [n for n in names if n in BOXES]:
         path = args.run / name / "joint.pt"
         model, meta = common.load_model(path, "02_train_joint.py", args)
+        later = np.flatnonzero(prep.val | prep.test)
         logits = common.batched(lambda x: model(x)[0], prep, later, args.device).numpy()
-        _, saved = save_classifier(
-            args, prep, name, "black box", logits, model.classes, [(path, meta)], {})
-        print(f"{name:22s} fold 9 {saved['meta']['val_auroc'] or np.nan:.4f}", flush=True)
+        save_classifier(args, prep, name, "black box", logits, model.classes, [(path, meta)])
 
     # Branches: one pass for all scores, then the branch classifier
     branches = {}
@@ -355,13 +334,7 @@ def main():
         classify(args, prep, "fusion-own", "fusion, own-class weights", three, own_only=True)
     merge(args, prep, "macro", BRANCHES)
     merge(args, prep, "blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])
-    results = []
-    for name in ("fusion", "macro", *names):
-        path = args.run / "classifiers" / f"{name}.pt"
-        if path.is_file():
-            auroc = common.load(path, "04_fusion.py", args)["meta"]["val_auroc"]
-            results.append(f"{name} {auroc or np.nan:.4f}")
-    print(f"{args.run}: fold-9 macro-AUROC {', '.join(results)}")
+    print(f"{args.run}: classifiers of {', '.join(names)} -> {args.run}/classifiers")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 from torch import nn
+from tqdm import tqdm
 
 # ---- Labels (3.1 and Appendix G, in PTB-XL's spelling and the row order of its scp_statements.csv)
 
@@ -136,7 +137,6 @@ RECIPES = {"default": Config(), "paper": PAPER}
 # ---- Backbone (3.3)
 
 torch.backends.cudnn.allow_tf32 = False  # projection compares cosines near 1
-torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class Conv(nn.Conv1d):
@@ -243,8 +243,8 @@ class Scaler(nn.Module):
 class ProtoECGNet(nn.Module):
     """One branch of the paper: backbone, add-on, prototypes p [P, D, T], linear head W [C, P].
 
-    kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes; latent_dim is D. p_class
-    [P] says whose each prototype is, p_patient [P] whose records do not count (`own_patients`).
+    kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes; latent_dim is D.
+    p_class [P] says whose a prototype is, p_patient [P] whose records do not count for it.
     """
 
     def __init__(self, kind, classes, per_class, cfg, scaler=None, latent_dim=None):
@@ -445,7 +445,7 @@ def load_run(run, models=None, device="cpu"):
             folder = args.run / branch
             network, _ = load_model(folder / "projected.pt", "03_project.py", args)
             info = load(folder / "prototypes.json", "03_project.py", args)
-            ecgs = load(folder / "prototypes.npy", "03_project.py")  # [P, 12, 1000] int16 uV
+            ecgs = load(folder / "prototypes.npy", "03_project.py")  # int16 uV
             for q, x in zip(info["prototypes"], ecgs):
                 q.update(model=branch, kind=network.kind, x=x / 1000)
             head.networks.append(network)
@@ -457,12 +457,10 @@ def load_run(run, models=None, device="cpu"):
 
 @torch.no_grad()
 def similarities(head, x):
-    """x [B, 12, 1000] mV, filtered -> similarities s [B, P] of all branches side by side, Eq. (9)"""
-    parts = []
-    for network in head.networks:
-        batch = torch.as_tensor(x, dtype=torch.float32, device=network.p.device)
-        parts.append(network.scores(network.latent(batch)).double().cpu().numpy())
-    return np.concatenate(parts, 1)
+    """x [B, 12, 1000] mV, filtered -> s [B, P], of all branches side by side, Eq. (9)."""
+    x = torch.as_tensor(x, dtype=torch.float32, device=head.networks[0].p.device)
+    s = [network.scores(network.latent(x)) for network in head.networks]
+    return torch.cat(s, 1).double().cpu().numpy()
 
 
 def predict(heads, x):
@@ -511,9 +509,7 @@ def parse(p):
     for k, folder in usual.items():
         setattr(args, k, getattr(args, k, None) or Path(folder))
     torch.set_flush_denormal(True)  # weights that decay below 1e-38 slow a CPU down
-    if args.threads is not None:
-        if args.threads < 1:
-            p.error("--threads must be at least 1")
+    if args.threads:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads, user_api="blas")
     args.device = torch.device(args.device)
@@ -620,8 +616,8 @@ def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
 
 
 def load_prep(folder):
@@ -666,13 +662,13 @@ def load_model(path, maker, args):
 
 
 @torch.no_grad()
-def batched(f, prep, rows, device, batch=256):
+def batched(f, prep, rows, device, what=None, batch=256):
     """f(x) over prep.signals[rows] in batches, concatenated on the CPU: f gives [B, ...] tensors.
 
     The last batch is padded to full size, so that no result depends on the number of records.
     """
     out = []
-    for i in range(0, len(rows), batch):
+    for i in tqdm(range(0, len(rows), batch), what, leave=False, disable=None if what else True):
         part = rows[i:i + batch]
         x = torch.zeros(batch, len(LEADS), SAMPLES)
         x[:len(part)] = torch.from_numpy(prep.signals[part])

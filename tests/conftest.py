@@ -1,11 +1,11 @@
-"""What the test files share: the repository on the import path, `stage`, makers of small PREP and RUN folders, and a
-browser."""
+"""What the test files share: the repository on the import path, `stage`, small PREP and RUN folders, and a browser."""
 import importlib
 import json
 import os
 import shutil
 import signal
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +19,26 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits an ignored Ctrl-C
-torch.set_num_threads(1)  # the tensors here are small: on a busy machine threads would only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores Ctrl-C
+torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
 threadpool_limits(1, user_api="blas")
-
-# no time limit per example (the machine may be busy), none kept, the same examples in every run
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
 settings.load_profile("tests")
 
 PTBXL = Path(os.environ["PTBXL_DIR"]).resolve() if os.environ.get("PTBXL_DIR") else None
-needs_ptbxl = pytest.mark.skipif(PTBXL is None, reason="PTBXL_DIR does not name the unpacked PTB-XL")
+needs_ptbxl = pytest.mark.skipif(PTBXL is None, reason="PTBXL_DIR names no unpacked PTB-XL")
+CPU = torch.device("cpu")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: the long runs of kills and damaged files; only with -m slow")
-    for noise in ("ignore:The inplace keyword in DataFrame:Warning", "ignore:Detected pickle protocol:UserWarning"):
-        config.addinivalue_line("filterwarnings", noise)  # of wfdb's imports, and of torch on damaged files
+    config.addinivalue_line("markers", "slow: long runs of kills and damaged files; with -m slow")
+    for noise in ("ignore:The inplace keyword in DataFrame:Warning",
+                  "ignore:Detected pickle protocol:UserWarning"):
+        config.addinivalue_line("filterwarnings", noise)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow tests run only when -m names them, so that plain `python -m pytest -q` stays short."""
+    """Slow tests run only when -m names them."""
     if "slow" not in config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
@@ -51,7 +51,7 @@ def stage(name):
 
 
 def run_stage(monkeypatch, name, *argv):
-    """Run a stage's main() in this process as `python NAME.py ARGV` would; SystemExit passes through."""
+    """Run a stage's main() in this process as `python NAME.py ARGV` would."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
     common.run(stage(name).main)
 
@@ -59,14 +59,43 @@ def run_stage(monkeypatch, name, *argv):
 def sentence(error):
     """The text of a SystemExit: exit code 1, and one line on stderr."""
     message = error.value.code
-    assert isinstance(message, str), f"exit code {message!r} without a sentence"  # Python prints a str and exits with 1
+    assert isinstance(message, str), f"exit code {message!r} without a sentence"
     assert message.strip() and "\n" not in message and len(message) < 500, message
     return message
 
 
+def arguments(run=None, prep=None, **more):
+    """What common.parse would give, for functions that take `args`."""
+    found = {"run": run, "prep": prep, "device": CPU, "round": 1, "model": None, "threads": 1}
+    return common.SimpleNamespace(**{**found, **more})
+
+
+def save_prep(folder, arrays):
+    """Write arrays {signals, labels, folds, ecg_ids, patient_ids} and preprocess.json as 01 does."""
+    for name, array in arrays.items():
+        common.save(folder / f"{name}.npy", array)
+    labels, folds = arrays["labels"], arrays["folds"]
+    train = folds <= 8
+    x = arrays["signals"][train].astype(np.float64)
+    common.save(folder / "preprocess.json", {
+        **common.provenance(arguments(folder, folder)), "records": len(labels),
+        "codes": common.CODES, "descriptions": {c: f"about {c}" for c in common.CODES},
+        "sizes": {"train": int(train.sum()), "validation": int((folds == 9).sum()),
+                  "test": int((folds == 10).sum())},
+        "shapes": {name: list(array.shape) for name, array in arrays.items()},
+        "training_positives": dict(zip(common.CODES, labels[train].sum(0).tolist())),
+        "without_training_record": [
+            c for c, k in zip(common.CODES, labels[train].sum(0)) if k == 0],
+        "filter": "none", "skipped": [], "flat_leads": [], "saturated": [], "tables": {},
+        "scaler": {"mean": x.mean((0, 2)).tolist(), "std": x.std((0, 2)).tolist()},
+        "jaccard": stage("01_preprocess").jaccard(labels[train]).tolist(),
+        "sha256": {name: common.file_hash(folder / f"{name}.npy") for name in arrays}})
+    return common.load_prep(folder)
+
+
 def write_prep(folder, n=60, seed=0, codes=("SR", "AFIB", "NORM", "IMI", "LVH"), order=None):
-    """A small PREP folder as 01_preprocess.py writes it: n random records, folds 1-10 in turn, each of `codes` in turn
-    and some by chance. `order` permutes the records. Returns common.load_prep of it."""
+    """A small PREP folder: n random records, folds 1-10 in turn, each of `codes` in turn and some
+    by chance; `order` permutes the records. Returns common.load_prep of it."""
     rng = np.random.default_rng(seed)
     order = np.arange(n) if order is None else np.asarray(order)
     labels = np.zeros((n, len(common.CODES)), np.uint8)
@@ -74,36 +103,20 @@ def write_prep(folder, n=60, seed=0, codes=("SR", "AFIB", "NORM", "IMI", "LVH"),
         labels[i, common.CODES.index(codes[(i + i // 10) % len(codes)])] = 1
     for c in codes:
         labels[:, common.CODES.index(c)] |= rng.random(n) < 0.2
-    folds = 1 + np.arange(n) % 10
-    signals = rng.normal(size=(n, 12, 1000)).astype(np.float32) * 0.2 + np.sin(
-        np.arange(1000) * (0.05 + 0.05 * labels[:, common.columns(codes)].argmax(1))[:, None, None]).astype(np.float32)
-    x = signals[folds <= 8].astype(np.float64)
-    arrays = {"signals": signals[order], "labels": labels[order], "folds": folds[order].astype(np.int64),
-              "ecg_ids": (10 + 3 * np.arange(n))[order], "patient_ids": (1000 + np.arange(n))[order]}
-    for name, array in arrays.items():
-        common.save_npy(folder / f"{name}.npy", array)
-    train = labels[folds <= 8]
-    common.save_json(folder / "preprocess.json", {
-        "format": common.FORMAT, "records": n, "codes": common.CODES, "descriptions": {c: c for c in common.CODES},
-        "sizes": {"train": len(train), "validation": int((folds == 9).sum()), "test": int((folds == 10).sum())},
-        "shapes": {name: list(array.shape) for name, array in arrays.items()},
-        "training_positives": dict(zip(common.CODES, train.sum(0).tolist())),
-        "without_training_record": [c for c, k in zip(common.CODES, train.sum(0)) if k == 0],
-        "filter": "none", "skipped": [], "flat_leads": [], "saturated": [], "inputs": {},
-        "scaler": {"mean": x.mean((0, 2)).tolist(), "std": x.std((0, 2)).tolist()},
-        "jaccard": stage("01_preprocess").jaccard(train).tolist(),
-        "sha256": {name: common.file_hash(folder / f"{name}.npy") for name in arrays}})
-    return common.load_prep(folder)
+    shape = labels[:, common.columns(codes)].argmax(1)
+    wave = np.sin(np.arange(1000) * (0.05 + 0.05 * shape)[:, None, None])
+    signals = (rng.normal(size=(n, 12, 1000)) * 0.2 + wave).astype(np.float32)
+    return save_prep(folder, {
+        "signals": signals[order], "labels": labels[order],
+        "folds": (1 + np.arange(n) % 10)[order].astype(np.int64),
+        "ecg_ids": (10 + 3 * np.arange(n))[order], "patient_ids": (1000 + np.arange(n))[order]})
 
 
 def change_prep(folder, **arrays):
-    """Put other arrays into a PREP folder, and what 01 says of them into preprocess.json. Returns load_prep of it."""
-    info = json.loads((folder / "preprocess.json").read_text())
-    for name, array in arrays.items():
-        common.save_npy(folder / f"{name}.npy", array)
-        info["shapes"][name], info["sha256"][name] = list(array.shape), common.file_hash(folder / f"{name}.npy")
-    common.save_json(folder / "preprocess.json", info)
-    return common.load_prep(folder)
+    """Put other arrays into a PREP folder, and what 01 says of them."""
+    prep = common.load_prep(folder)
+    names = ("signals", "labels", "folds", "ecg_ids", "patient_ids")
+    return save_prep(folder, {**{n: np.array(getattr(prep, n)) for n in names}, **arrays})
 
 
 @pytest.fixture
@@ -112,35 +125,44 @@ def tiny_prep(tmp_path):
     return lambda name="prep", **how: write_prep(tmp_path / name, **how)
 
 
-def write_joint(run, prep, model="rhythm", seed=0, **settings_):
-    """An untrained `model` of width 8 as RUN/MODEL/joint.pt, the way 02_train_joint.py saves it; returns its path."""
-    cfg = common.replace(common.Config(seed=seed), **{"width": 8, "per_class": (2, 3, 2), **settings_})
-    kind, group = common.MODELS[model]
-    classes, left_out = common.learnable(prep, common.GROUPS[group])
-    per_class = None if kind == "blackbox" else [cfg.per_class[list(common.WINDOW).index(kind)]] * len(classes)
-    meta = {**common.provenance(cfg, "02_train_joint.py", prep=prep.path), "model": model, "round": 1,
-            "classes": classes, "left_out": left_out, "device": "cpu", "per_class": per_class, "latent_dim": None}
+def write_joint(run, prep, model="rhythm", seed=0, **changes):
+    """An untrained `model` of width 16 as RUN/MODEL/joint.pt, as 02 saves it; returns its path."""
+    cfg = replace(common.Config(seed=seed), **{"width": 16, "per_class": (2, 3, 2), **changes})
+    args = arguments(run, prep.path.parent)
     torch.manual_seed(seed)
-    net = common.build(meta, common.Scaler(**prep.info["scaler"]))
+    meta = stage("02_train_joint").describe(model, args, replace(cfg, start="random"), prep)
+    net = common.build({**meta, "config": asdict(cfg)}, common.Scaler(**prep.info["scaler"]))
+    meta.update(config=asdict(cfg), val_auroc=0.5, epochs=0, best_epoch=0, seconds=1.5, threads=1)
     path = run / model / "joint.pt"
-    common.save_pt(path, {"meta": json.loads(json.dumps(meta)), "state": net.state_dict()})
-    common.save_json(path.with_suffix(".json"), {**meta, "seconds": 1.5, "hardware": "none", "epochs": 0,
-                                                 "best_epoch": 0})
+    common.save(path, {"meta": meta, "state": net.state_dict()})
+    common.save(path.with_name("log.jsonl"), json.dumps({"epoch": 0, "val_auroc": 0.5}) + "\n")
     return path
 
 
-BROWSER_FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --window-size=1280,800").split()
+def write_run(monkeypatch, run, prep, models=tuple(common.BRANCHES), **changes):
+    """A whole run folder of untrained models, made by 03 and 04 in this process."""
+    for model in models:
+        write_joint(run, prep, model, **changes)
+    flags = ["--run", run, "--prep", prep.path.parent, "--threads", 1, "--device", "cpu"]
+    for name in ("03_project", "04_fusion"):
+        run_stage(monkeypatch, name, *flags)
+    return run
+
+
+BROWSER_FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+    --disable-background-networking --disable-component-update --disable-sync
+    --window-size=1280,800""".split()
 
 
 @pytest.fixture
 def browser(tmp_path):
     """A headless Chromium that saves downloads in tmp_path."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
     driver = shutil.which("chromedriver")
     if not chromium or not driver:
-        pytest.skip("Chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
+        pytest.skip("Chromium and chromedriver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in BROWSER_FLAGS:
@@ -154,7 +176,7 @@ def browser(tmp_path):
 
 @pytest.fixture(autouse=True)
 def same_process():
-    """A stage run in this process sets the number of threads, and denormal numbers to zero; put it back."""
+    """A stage in this process sets threads, and denormal numbers to zero; put them back."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
