@@ -509,7 +509,7 @@ def settings(args, p):
         cfg = replace(cfg, lambda_cntrst=0.0)
     for text in args.set:
         name, _, value = text.partition("=")
-        old = asdict(cfg).get(name)
+        old = asdict(cfg).get(name) if name not in ("recipe", "seed", "rounds") else None
         try:
             if isinstance(old, bool):
                 new = {"yes": True, "no": False}[value]

@@ -3,8 +3,8 @@
 ECGs are drawn as on clinical paper, in true size when printed at 100 %. What a prototype looks at
 is blue: 0.94 s of all leads (partial), the strip (1D), or nothing, as it is all of it (global).
 A prototype adds w (s - mean) / std to a label's logit, with mean and std of its similarity s in the
-training folds; so the bias is the logit of the average training record. Prototypes from ECGs of the
-same patient do not count, as in 04.
+training folds; so the bias is the logit of the average training record. As in 04, prototypes of the
+same patient do not count.
 
 reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
         RUN/MODEL/projected.pt, prototypes.json, prototypes.npy; PREP for --case alone
@@ -74,9 +74,8 @@ def paper(rows, h, step, text):
 
 
 def scenes_of(x, kind, windows):
-    """x [12, 1000] mV as 3 x 4 leads and strip. By kind the strip is marked ("1d"), or the first of
-    `windows` [(first, end)], which is also enlarged, the others outlined ("partial"), or nothing.
-    """
+    """x [12, 1000] mV as 3 x 4 leads and strip. Of the 1D kind the strip is marked; of the partial
+    one the first of `windows` [(first, end)], also enlarged, while the others are outlined."""
     rows = [[(lead, x[lead, 250 * i:250 * i + 250]) for i, lead in enumerate(row)] for row in ROWS]
     rows.append([(1, x[1])])
     scene = paper(rows, 110, STEP, "25 mm/s   10 mm/mV   high-pass 0.5 Hz")
@@ -114,20 +113,19 @@ def draw(ax, scene, left, top):
         ax.text(left + x, top + y, text, fontsize=mm * POINT, path_effects=halo)
 
 
-def save_sheet(path, columns, head="", pdf=None):
-    """Write columns (title, text, scenes) below a head of lines of text to a PNG that knows its
+def save_sheet(path, columns, foot="", pdf=None):
+    """Write columns (title, text, scenes) above a foot of lines of text to a PNG that knows its
     true size, in 64 colours, a third of the bytes; and to a page of a PDF."""
-    above = 7 * len(head.splitlines())
-    heights = [sum(scene["h"] + 3 for scene in scenes) for _, _, scenes in columns]
-    width, height = 19 + (WIDTH + 8) * len(columns), above + 24 + max(heights)
+    bottom = 20 + max(sum(scene["h"] + 3 for scene in scenes) for _, _, scenes in columns)
+    width, height = 19 + (WIDTH + 8) * len(columns), bottom + 4 + 7 * len(foot.splitlines())
     fig = Figure((width / 25.4, height / 25.4), DPI)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
-    ax.text(13.5, 6, head, fontsize=4.5 * POINT, va="top")
+    ax.text(13.5, bottom + 2, foot, fontsize=4.5 * POINT, va="top")
     for i, (title, text, scenes) in enumerate(columns):
-        left, top = 13.5 + (WIDTH + 8) * i, above + 20
-        ax.text(left, top - 13, title, fontsize=5 * POINT, weight="bold")
-        ax.text(left, top - 10, textwrap.fill(text, 150), fontsize=3.2 * POINT, va="top")
+        left, top = 13.5 + (WIDTH + 8) * i, 20
+        ax.text(left, 7, title, fontsize=5 * POINT, weight="bold")
+        ax.text(left, 10, textwrap.fill(text, 150), fontsize=3.2 * POINT, va="top")
         for scene in scenes:
             draw(ax, scene, left, top)
             top += scene["h"] + 3
@@ -166,21 +164,20 @@ def gallery(args, prototypes, words):
         for q in shown:
             file = f"{model}/{file_name(code)}_{q['index']:04d}.png"
             about = f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}"
-            scenes = scenes_of(q["x"], q["kind"], [q["samples"]])
-            columns = [(words[code], about, scenes)]
+            columns = [(words[code], about, scenes_of(q["x"], q["kind"], [q["samples"]]))]
             jobs.append(delayed(save_sheet)(args.run / "figures" / file, columns))
-            body += FIGURE.format(file, html.escape(about))
+            body += f'<figure><a href="{file}"><img src="{file}" loading="lazy" alt=""></a>'
+            body += f"<figcaption>{html.escape(about)}</figcaption></figure>"
         body += "</details>"
     parallel = Parallel(args.threads or os.cpu_count(), return_as="generator")
     list(tqdm(parallel(jobs), "pictures", len(jobs), disable=None))
     path = args.run / "figures/gallery.html"
-    title = html.escape(f"{len(jobs):,} prototypes of {args.run}")
-    common.save(path, GALLERY.replace("TITLE", title) + body)
-    print(f"{args.run}: {len(jobs):,} prototypes -> {path}")
+    title = f"{args.run}: {len(jobs):,} prototypes"
+    page = GALLERY.replace("TITLE", html.escape(title)) + body
+    common.save(path, page.replace("<details>", "<details open>", 1))
+    print(f"{title} -> {path}")
 
 
-FIGURE = """<figure><a href="{0}"><img src="{0}" loading="lazy" alt=""></a>
-<figcaption>{1}</figcaption></figure>"""
 GALLERY = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title><style>
 body { font: 16px/1.4 sans-serif; margin: 1rem 2rem }
 figure { display: inline-block; vertical-align: top; width: 300px; margin: 8px }
@@ -210,11 +207,10 @@ def read_wfdb(path):
     for lead in LEADS:
         if names.count(lead) != 1:
             sys.exit(f"{path} must hold each of the 12 leads once, not so {lead}")
-        row = names.index(lead)
-        unit = record.units[row]
-        x.append(record.p_signal[:, row] * millivolt.get(unit.lower(), np.nan))
+        i = names.index(lead)
+        x.append(record.p_signal[:, i] * millivolt.get(record.units[i].lower(), np.nan))
         if not np.all(np.abs(x[-1] - np.median(x[-1])) < 50):
-            sys.exit(f"{path} cannot be used: lead {lead}, in {unit}, has missing "
+            sys.exit(f"{path} cannot be used: lead {lead}, in {record.units[i]}, has missing "
                      "samples, exceeds 50 mV or its units are none of mV, uV, V")
     x = resample_poly(x, 1000 * RATE, round(1000 * fs), axis=1, padtype="line")
     return common.highpass(x[:, :SAMPLES]).astype(np.float32)
@@ -228,18 +224,16 @@ def matched_windows(network, x):
     best = S.sort(dim=1, descending=True, stable=True)
     matched = []
     for windows, values in zip(best.indices.tolist(), best.values.tolist()):
-        places = [common.window_samples(network.kind, window) for window in windows]
-        found = [{"samples": at, "similarity": value} for at, value in zip(places, values)]
-        matched.append(found[:network.top_k])
+        places = [common.window_samples(network.kind, w) for w in windows[:network.top_k]]
+        matched.append([{"samples": at, "similarity": v} for at, v in zip(places, values)])
     return matched
 
 
 def explain(heads, x, top, patient=None):
     """What classifiers say of x [12, 1000] mV and why: a result a label, the most probable first.
 
-    It has the `top` prototypes by contribution; in `others` number and sum of the remaining weights
-    of this label's and other labels' prototypes; in own_patient the number of weights that do not
-    count, as their prototype is from an ECG of `patient`.
+    `others` has number and sum of the weights beyond the `top`, of this label's and other labels'
+    prototypes; own_patient is the number of those that do not count: taken from `patient`.
     """
     results, x = [], np.array(x, np.float32)
     for head in heads:
@@ -259,8 +253,7 @@ def explain(heads, x, top, patient=None):
                 **head.prototypes[j], "similarity": s[j], "mean": head.mean[j],
                 "std": head.std[j], "weight": W[c, j], "contribution": terms[j],
                 "matched": matched[j]} for j in shown]
-            rest = W[c] != 0
-            rest[shown] = False
+            rest = (W[c] != 0) & ~np.isin(np.arange(len(terms)), shown)
             others = [{"number": int(part.sum()), "contribution": terms[part].sum()}
                       for part in (rest & (p_class == code), rest & (p_class != code))]
             results.append({
@@ -271,28 +264,27 @@ def explain(heads, x, top, patient=None):
     return sorted(results, key=lambda r: -r["probability"])
 
 
-ABOUT = """{title}: {words}
-{verdict}: probability {probability:.3g}, threshold {threshold:.3g} ({classifier} classifier)
+ABOUT = """{verdict}: probability {probability:.3g}, threshold {threshold:.3g} ({classifier} \
+classifier). For research, not for clinical use.
 logit {logit:.3f} = bias {bias:.3f} {shown} (prototypes with a page) \
-{others[0][contribution]:+.3f} (others of this label) {others[1][contribution]:+.3f} (others)
+{others[0][contribution]:+.3f} (others of this label) {others[1][contribution]:+.3f} (the rest); \
+{own_patient} of the same patient do not count
 this prototype: {q[contribution]:+.3f} = weight {q[weight]:.3f} x (similarity \
-{q[similarity]:.3f} - mean {q[mean]:.3f}) / std {q[std]:.3f}
-not counted: {own_patient} prototypes of this patient. For research, not for clinical use."""
+{q[similarity]:.3f} - mean {q[mean]:.3f}) / std {q[std]:.3f}"""
 
 
 def page(case, x, r, q, words):
-    """Columns and head of a page: ECG x beside prototype q, which has a say in the label of r."""
+    """Columns and foot of a page: ECG x beside prototype q, which has a say in the label of r."""
     windows = [m["samples"] for m in q["matched"][:5]]
     columns = []
     for title, ecg, labels, at in (
-            (case["title"], x, case["true_labels"], windows),
+            (f"{case['title']}: {words[r['label']]}?", x, case["true_labels"], windows),
             (source(q), q["x"], q["labels"], [q["samples"]])):
         known = "; ".join(words[c] for c in labels or []) or "not known"
         columns.append((title, f"true labels: {known}", scenes_of(ecg, q["kind"], at)))
     verdict = "predicted" if r["predicted"] else "not predicted"
     shown = " ".join(f"{p['contribution']:+.3f}" for p in r["prototypes"])
-    return columns, ABOUT.format(title=case["title"], words=words[r["label"]], verdict=verdict,
-                                 shown=shown, q=q, **r)
+    return columns, ABOUT.format(verdict=verdict, shown=shown, q=q, **r)
 
 
 def explain_case(args, heads, words, x, title, labels=None, ecg_id=None, record=None, patient=None):
@@ -332,15 +324,16 @@ def review(args, heads, prototypes, words):
     for q in tqdm(prototypes, "review page", disable=None):
         scenes = scenes_of(q["x"], q["kind"], [q["samples"]])
         for scene in scenes:
-            scene["traces"] = [(x, step, np.round(10 * y).astype(int).tolist())
-                               for x, step, y in scene["traces"]]
+            for i, (x, step, y) in enumerate(scene["traces"]):
+                changes = np.diff(np.round(20 * y), prepend=0)  # short in JSON
+                scene["traces"][i] = x, step, changes.astype(int).tolist()
         items.append({"id": f"{q['model']}/{q['index']}", "class": q["class"], "scenes": scenes})
     made = [head.made_from[f"{model}/projected.pt"] for head in heads for model in head.branches]
     data = {"run": str(args.run), "made": made, "words": words, "items": items}
-    data = json.dumps(data).replace("<", "\\u003c")  # so no text ends the script element
-    path = args.run / "review.html"
-    common.save(path, REVIEW.replace("DATA", data))
-    print(f"{args.run}: {len(items):,} prototypes -> {path}")
+    data = json.dumps(data, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # no text ends the script element
+    common.save(args.run / "review.html", REVIEW.replace("DATA", data))
+    print(f"{args.run}: {len(items):,} prototypes -> {args.run / 'review.html'}")
 
 
 REVIEW = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Prototype review</title>
@@ -378,10 +371,9 @@ let ratings = JSON.parse(localStorage.getItem(key)) ?? {}, at = 0;  // at: the i
 
 function make(parent, tag, attributes, text = "") {  // text never meets the HTML parser
   const ns = tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI;
-  const e = document.createElementNS(ns, tag);
+  const e = parent.appendChild(document.createElementNS(ns, tag));
   for (const name in attributes) e.setAttribute(name, attributes[name]);
   e.textContent = text;
-  parent.append(e);
   return e;
 }
 function draw({w, h, boxes, traces, texts}) {
@@ -393,8 +385,11 @@ function draw({w, h, boxes, traces, texts}) {
     make(svg, "path", {d, stroke, "stroke-width": width});
   }
   for (const [x, y, width, height] of boxes) make(svg, "rect", {x, y, width, height});
-  for (const [x, step, tenths] of traces)
-    make(svg, "polyline", {points: tenths.map((y, i) => [x + i * step, y / 10]).join(" ")});
+  for (const [x, step, changes] of traces) {
+    let y = 0;
+    const points = changes.map((change, i) => [x + i * step, (y += change) / 20]);
+    make(svg, "polyline", {points: points.join(" ")});
+  }
   for (const [x, y, size, text] of texts) make(svg, "text", {x, y, "font-size": size}, text);
 }
 const rating = q => ratings[q.id] ?? {class: q.class, ...empty};
@@ -426,9 +421,8 @@ const actions = {
   previous: () => go(at - 1), next: () => go(at + 1),
   unrated: () => first([...items.slice(at + 1), ...items].find(q => !done(q))),
   anew: () => {
-    if (!confirm("Forget the ratings kept in this browser? Export them first.")) return;
-    ratings = {};
-    go(0);
+    if (confirm("Forget the ratings kept in this browser? Export them first.")) ratings = {};
+    show();
   },
   export: () => {
     const reviewer = prompt("Your name, as the reviewer?");
@@ -442,9 +436,9 @@ for (const id in actions) $(id).onclick = actions[id];
 for (const c of new Set(items.map(q => q.class))) make($("class"), "option", {value: c}, words[c]);
 for (const name in choices) for (const value of choices[name])
   make($(name), "button", {}, value).onclick = () => change(name, value);
-$("class").onchange = e => {
-  first(items.find(q => q.class === e.target.value));
-  e.target.blur();
+$("class").onchange = ({target}) => {
+  first(items.find(q => q.class === target.value));
+  target.blur();  // back to the keys
 };
 $("comment").oninput = e => change("comment", e.target.value);
 $("file").onchange = async e => {
@@ -489,8 +483,8 @@ def main():
         return explain_case(args, heads, words, read_wfdb(path), title, record=path)
     if args.case or args.demo:
         prep = common.load_prep(args.prep)
-        path = args.run / "classifiers" / f"{heads[0].name}.pt"
-        common.load(path, "04_fusion.py", args)  # exits if it is not of this PREP
+        classifier = args.run / f"classifiers/{heads[0].name}.pt"
+        common.load(classifier, "04_fusion.py", args)  # exits if it is not of this PREP
         for ecg_id in args.case or prep.ecg_ids[prep.test][:1].tolist():
             if ecg_id not in prep.row_of:
                 sys.exit(f"{args.prep} has no ECG {ecg_id}")

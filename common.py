@@ -565,7 +565,7 @@ def load(path, maker, args=None):
         sys.exit(f"{path} is missing: run {maker} first")
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="c", allow_pickle=False)
+            return np.lib.format.open_memmap(path, "c")  # no pickle, no archive
         if path.suffix == ".pt":
             value = torch.load(path, map_location="cpu", weights_only=True)
         else:
@@ -577,7 +577,7 @@ def load(path, maker, args=None):
     if version != FORMAT:
         sys.exit(f"{path} is of another version of this project: run {maker} again")
     if args and (changed := changed_input(meta, args)):
-        sys.exit(f"{path} was made from another {changed}: run {maker} again")
+        sys.exit(f"{path} was made from another {changed}: delete it, run {maker} again")
     return value
 
 

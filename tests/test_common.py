@@ -1,19 +1,12 @@
 """common.py: every equation against a slow double loop written from the paper, the network against the literal 2D one,
 projection against brute force, AUROC against scikit-learn, and artifacts under every kind of damage."""
-import errno
 import json
 import math
 import os
 import pickle
-import re
-import signal
 import subprocess
 import sys
-import textwrap
-import time
-import zipfile
-from ctypes.util import find_library
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +18,14 @@ from torch import nn
 
 import common
 from common import CODES, GROUPS, PAPER, Config
-from conftest import change_prep, run_stage, sentence, write_joint
-
-MAKER = "01_preprocess.py"
+from conftest import arguments, sentence, stage, write_run
 
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels and settings
+# ---- Labels and settings
 
 def test_labels_are_16_52_3_disjoint_with_union_71():
     rhythm, morphology, global_ = (GROUPS[g] for g in ("rhythm", "morphology", "global"))
@@ -53,8 +43,6 @@ def test_labels_are_16_52_3_disjoint_with_union_71():
 def test_paper_recipe_has_the_authors_numbers():
     assert PAPER.per_class == (5, 18, 7) and PAPER.a == (1.0, 13.0, 4.0) and PAPER.top_k == 30
     assert PAPER.lambdas == (0.004, 0.0004, 250.0, 600.0)
-    assert common.without_contrastive(PAPER).lambdas == (0.8, 0.08, 100.0, 0.0)
-    assert common.without_contrastive(Config()).lambdas == (*Config().lambdas[:3], 0.0)
     assert (PAPER.lr, PAPER.batch, PAPER.dropout, PAPER.weight_decay, PAPER.seed) == (1e-4, 32, 0.35, 1.7e-4, 42)
     assert not PAPER.scale_input and PAPER.add_on == "sigmoid" and PAPER.head == "frozen" and PAPER.rounds == 2
     assert (PAPER.optimizer, PAPER.scheduler, PAPER.epochs, PAPER.patience) == ("adam", "cosine", 200, 10)
@@ -62,23 +50,7 @@ def test_paper_recipe_has_the_authors_numbers():
     assert not (PAPER.augment or PAPER.project_every or PAPER.unique or PAPER.blackbox_ema) and PAPER.own_patient
 
 
-@pytest.mark.parametrize("recipe", common.RECIPES)
-def test_config_survives_json(recipe):
-    cfg = common.RECIPES[recipe]
-    assert common.config_of(json.loads(json.dumps({"config": asdict(cfg)}))) == cfg
-    older = {k: v for k, v in asdict(cfg).items() if k != "own_patient"}  # a setting that it did not know yet
-    assert common.config_of({"config": older}) == cfg
-
-
-def test_labels_without_training_record_are_left_out(tiny_prep):
-    prep = tiny_prep(codes=("SR", "AFIB"))
-    prep.labels[prep.val, CODES.index("STACH")] = 1  # positives outside the training folds do not count
-    learned, left_out = common.learnable(prep, GROUPS["rhythm"])
-    assert sorted(learned) == ["AFIB", "SR"] and "STACH" in left_out and len(learned) + len(left_out) == 16
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. (1)
+# ---- Eq. (1)
 
 def slow_similarity(z, p, a):
     """Eq. (1) for every window: the patch and the prototype flattened, normalised, multiplied."""
@@ -149,24 +121,6 @@ def test_global_prototypes_have_one_window(kind, L, a):
     np.testing.assert_allclose(model.scores(z).detach(), slow_similarity(z, model.p.data, a)[:, :, 0], atol=1e-5)
 
 
-def test_stages_flush_denormal_numbers_in_every_thread():
-    """In a process of its own, because the setting stays."""
-    code = ("import torch, common; common.parse(common.argument_parser(''), ['--threads', '2']); "
-            "x = torch.full((10**6,), 1e-39); print(int((x * 0.5 != 0).sum()))")
-    out = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, capture_output=True, text=True)
-    assert out.stdout == "0\n", out.stderr
-
-
-def test_threads_bound_numpy_and_scipy_too():
-    """Two threads of numpy's on one free core made a small `solve` 160 times slower."""
-    code = ("import common; common.parse(common.argument_parser(''), ['--threads', '1']); import threadpoolctl; "
-            "print({p['num_threads'] for p in threadpoolctl.threadpool_info() if p['user_api'] == 'blas'})")
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
-    out = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, env=env, capture_output=True,
-                         text=True)
-    assert out.stdout == "{1}\n", out.stderr
-
-
 @pytest.mark.parametrize("kind", common.WINDOW)
 def test_similarities_and_head_are_float32_under_autocast(kind):
     """With W of 1 / -0.5 over hundreds of prototypes, logits differ by less than bf16 resolves."""
@@ -182,7 +136,7 @@ def test_similarities_and_head_are_float32_under_autocast(kind):
 @pytest.mark.parametrize("kind", common.WINDOW)
 @pytest.mark.parametrize("recipe", common.RECIPES)
 def test_model_shapes_and_head_start(kind, recipe):
-    cfg = common.replace(common.RECIPES[recipe], width=2)
+    cfg = replace(common.RECIPES[recipe], width=2)
     model = common.ProtoECGNet(kind, ["SR", "AFIB", "IMI"], [2, 0, 1], cfg).eval()
     assert model.p_class.tolist() == [0, 0, 2]
     assert model.head.weight.tolist() == [[1, 1, -0.5], [-0.5, -0.5, -0.5], [-0.5, -0.5, 1]]
@@ -226,8 +180,7 @@ def test_sample_range_of_a_latent_window():
     assert common.window_samples("1d", 0) == common.window_samples("global", 0) == (0, 1000)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. (2)-(7)
+# ---- Eq. (2)-(7)
 
 def slow_loss(logits, s, y, p, p_class, jaccard, lambdas, w):
     """The paper's loss, term by term; the BCE also divided by the number of classes, as composite_loss says."""
@@ -351,8 +304,7 @@ def test_gradcheck_of_a_branch_from_latent_to_loss(kind, T):
     assert torch.autograd.gradcheck(total, tuple(t.requires_grad_() for t in (z, p, W)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbone: the 2D network taken literally
+# ---- Backbone: the 2D network taken literally
 
 class Block2D(nn.Module):
     """torchvision's BasicBlock."""
@@ -394,7 +346,7 @@ class LiteralResNet2D(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def both_networks():
+def both_networks(tmp_path_factory):
     """(literal 2D network, ours started from its weights by load_imagenet), in float64."""
     torch.manual_seed(3)
     literal = LiteralResNet2D().double()
@@ -408,7 +360,9 @@ def both_networks():
                    "fc.bias": torch.randn(1000)}  # the three tensors of torchvision's file that do not fit
     ours = common.ResNet18().double()
     stem = ours.conv1.weight.detach().clone()
-    ours.load_imagenet(torchvision)
+    path = tmp_path_factory.mktemp("imagenet") / "weights.pth"
+    torch.save(torchvision, path)
+    stage("02_train_joint").load_imagenet(ours, path)
     assert torch.equal(ours.conv1.weight, stem), "the 12-lead stem stays random"
     ours.conv1.weight.data = state["conv1.weight"][:, 0].clone()
     return literal, ours
@@ -458,31 +412,12 @@ def test_backbone_size_and_map_length():
         part.register_forward_hook(lambda m, i, o: lengths.append(o.shape[3]))
     with torch.no_grad():
         assert net(torch.zeros(1, 12, 1000)).shape == (1, 512, 32)
-        assert common.ResNet18(width=4).eval()(torch.zeros(3, 12, 1000)).shape == (3, 32, 32)
-        assert common.ResNet18(width=4).eval()(torch.zeros(0, 12, 1000)).shape == (0, 32, 32)  # a rank without records
+        assert common.ResNet18(width=16).eval()(torch.zeros(3, 12, 1000)).shape == (3, 128, 32)
     assert lengths == [500, 250, 125, 63, 32]
 
 
-@pytest.mark.skipif(not find_library("c_malloc_debug"), reason="needs the checks of glibc's malloc")
-def test_backbone_of_few_channels_stays_in_its_memory():
-    """On CPUs with AVX512 and without AMX, oneDNN wrote past the end of a buffer for fewer than 16 channels."""
-    child = textwrap.dedent("""
-        import torch, common
-        torch.set_num_threads(1)
-        net, x = common.ResNet18(width=8), torch.randn(128, 12, 1000)
-        for bfloat16 in (True, False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                h = net(x)
-            h.sum().backward()
-        """)
-    done = subprocess.run([sys.executable, "-c", child], cwd=Path(common.__file__).parent, text=True,
-                          capture_output=True, env={**os.environ, "LD_PRELOAD": find_library("c_malloc_debug"),
-                                                    "MALLOC_CHECK_": "3"})
-    assert done.returncode == 0, done.stderr
-
-
 def test_dropout_stands_before_the_last_stage():
-    net, seen = common.ResNet18(width=4, dropout=0.5).train(), []
+    net, seen = common.ResNet18(width=16, dropout=0.5).train(), []
     net.layer4.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
     net.layer3.register_forward_hook(lambda m, i, o: seen.append(o))
     net(random(4, 12, 1000, dtype=torch.float32))
@@ -494,7 +429,7 @@ def test_dropout_stands_before_the_last_stage():
 
 @pytest.mark.parametrize("pool, share", [("meanmax", 0.5), ("mean", 0.0)])
 def test_a_black_box_of_two_poolings_has_dropout_before_its_head(pool, share):
-    net, heads = common.BlackBox(["SR", "AFIB"], Config(width=8, pool=pool, dropout=0.0)), []
+    net, heads = common.BlackBox(["SR", "AFIB"], Config(width=16, pool=pool, dropout=0.0)), []
     net.head.register_forward_pre_hook(lambda m, i: heads.append(i[0]))
     x = random(8, 12, 1000, dtype=torch.float32)
     pooled = net.train()(x)[1]
@@ -505,13 +440,7 @@ def test_a_black_box_of_two_poolings_has_dropout_before_its_head(pool, share):
     assert torch.equal(heads[1], pooled)
 
 
-def test_imagenet_weights_need_the_full_width(both_networks):
-    with pytest.raises(ValueError, match="64"):
-        common.ResNet18(width=32).load_imagenet(both_networks[0].state_dict())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. (8)
+# ---- Eq. (8)
 
 def brute_force(z, carries, ids, p, p_class, unique=False, runners=0):
     """Eq. (8) written out: every window of every record of the class, in float64; values within 1e-5 are equal."""
@@ -594,14 +523,6 @@ def test_projection_equals_brute_force_with_ties(D, L, T, unique):
             assert all(f[2] <= cosine + 1e-6 for f in found[j][1:]) or unique
 
 
-def test_projection_asks_for_a_record_of_every_class():
-    z, carries, ids, p, p_class = planted(12, 4, 6, 3, (4, 3), 0)
-    carries[:, 1] = False
-    with pytest.raises(SystemExit) as e:
-        common.project(z, carries, ids, p, p_class)
-    assert "no training record" in sentence(e) and "02_train_joint.py" in sentence(e)
-
-
 def test_ties_go_to_the_lowest_ecg_id_then_the_earliest_window():
     z = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(1))
     p = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(2))
@@ -609,22 +530,6 @@ def test_ties_go_to_the_lowest_ecg_id_then_the_earliest_window():
         z[record, :, window:window + 3] = p[0]
     _, found = common.project(*one_class(z, [5, 7, 30, 31, 40]), p, torch.zeros(1, dtype=int), runners=2)
     assert [f[:2] for f in found[0]] == [(30, 1), (31, 0), (40, 0)]
-
-
-@pytest.mark.parametrize("n", [511, 512, 513, 600, 1025])
-def test_projection_does_not_depend_on_the_chunks(n):
-    """project() works through the records in chunks; equal patches in any two of them must count as equal."""
-    D, L, T, P = 8, 4, 3, 12
-    g = torch.Generator().manual_seed(n)
-    z = torch.randn(n, D, L, generator=g) * 0.1
-    z[:, :, 0] += 5 * torch.randn(n, D, generator=g)  # nobody is near a prototype by chance
-    patch = torch.randn(D, T, generator=g)
-    z[11, :, 1:], z[n // 2, :, 1:], z[n - 1, :, 1:] = patch, patch, patch
-    p = patch + 0.4 * torch.randn(P, D, T, generator=g)  # many prototypes near the same planted patch
-    case = *one_class(z, np.arange(n) + 100), p, torch.zeros(P, dtype=int)
-    _, found = common.project(*case, runners=2)
-    same_found(found, brute_force(*case, runners=2))
-    assert [[f[0] for f in each] for each in found].count([111, 100 + n // 2, 99 + n]) > P // 2  # the tie does decide
 
 
 def test_unique_forbids_a_window_twice():
@@ -637,13 +542,6 @@ def test_unique_forbids_a_window_twice():
     same_found(only, brute_force(*case, unique=True))
 
 
-def test_unique_with_fewer_windows_than_prototypes():
-    z, p = random(2, 4, 1, dtype=torch.float32), random(5, 4, 1, seed=2, dtype=torch.float32)
-    _, found = common.project(*one_class(z, [3, 8]), p, torch.zeros(5, dtype=int), unique=True)
-    assert all(len(f) == 1 for f in found)
-    assert {f[0][0] for f in found} == {3, 8}  # every window is used before any is used again
-
-
 def test_class_without_prototypes_and_class_with_one_record():
     z, p = random(4, 4, 6, dtype=torch.float32), random(2, 4, 3, seed=2, dtype=torch.float32)
     carries = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
@@ -652,84 +550,7 @@ def test_class_without_prototypes_and_class_with_one_record():
     assert [f[0] for f in found[1]] == [6] and len(found[0]) == 3 and 3 not in [f[0] for f in found[0]]
 
 
-def test_projection_stage_does_not_depend_on_record_order(tiny_prep, tmp_path, monkeypatch, capsys):
-    """03 on the same records in two orders, every signal of six records alike: the same sources, the lowest ecg_id of
-    each six, and prototypes equal to the bit. (Or load_prep refuses arrays that are not in 01's order.)"""
-    result, with_twins = [], 0
-    for name, order in (("a", np.arange(60)), ("b", np.random.default_rng(5).permutation(60))):
-        try:
-            prep = tiny_prep(name, order=order)
-        except SystemExit as e:
-            assert name == "b" and "ecg_ids" in e.code and MAKER in e.code
-            return
-        place = np.argsort(order)  # of record k
-        twins = np.array(prep.signals)[place[order % 10]]  # record k has the signal of record k % 10
-        prep = change_prep(tmp_path / name, signals=twins)
-        write_joint(tmp_path / f"run-{name}", prep, "rhythm")
-        folders = ("--prep", tmp_path / name, "--run", tmp_path / f"run-{name}")
-        run_stage(monkeypatch, "03_project", *folders, "--device", "cpu")
-        saved = torch.load(tmp_path / f"run-{name}/rhythm/projected.pt", weights_only=True)
-        sources = json.loads((tmp_path / f"run-{name}/rhythm/prototypes.json").read_text())["prototypes"]
-        result.append((saved["state"]["p"], sources))
-        row = {int(e): i for i, e in enumerate(prep.ecg_ids)}
-        for q in sources:  # Eq. (8): training records of the prototype's own class
-            for place in (q, *q["runners_up"]):
-                assert prep.folds[row[place["ecg_id"]]] <= 8
-                assert prep.labels[row[place["ecg_id"]], CODES.index(q["class"])] == 1
-            same = [e for e, i in row.items() if np.array_equal(twins[i], twins[row[q["ecg_id"]]])
-                    and prep.folds[i] <= 8 and prep.labels[i, CODES.index(q["class"])]]
-            assert min(same) in {s["ecg_id"] for s in sources if s["class"] == q["class"]}
-            with_twins += len(same) > 1
-    assert with_twins
-    assert torch.equal(result[0][0], result[1][0]) and result[0][1] == result[1][1]
-
-
-@pytest.mark.parametrize("model", common.BRANCHES)
-def test_what_03_says_of_prototypes(tiny_prep, tmp_path, monkeypatch, model):
-    """Place and labels from the arrays, cost from the two models themselves."""
-    prep = tiny_prep()
-    joint = write_joint(tmp_path / "run", prep, model)
-    run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu")
-    before, after = (common.load_model(f, "")[0] for f in (joint, joint.with_name("projected.pt")))
-    found = json.loads(joint.with_name("prototypes.json").read_text())
-    others = 0
-    for q in found["prototypes"]:
-        for place in (q, *q["runners_up"]):
-            centre = 32 * (place["window"] + 1)
-            assert place["samples"] == ([max(0, centre - 47), min(1000, centre + 47)] if before.kind == "partial"
-                                        else [0, 1000])
-            labels = prep.labels[prep.row_of[place["ecg_id"]]]
-            assert place["labels"] == [c for c, on in zip(CODES, labels) if on]
-            others += not {*place["labels"]} <= {*after.classes}
-    assert others                                                              # labels of other branches are told too
-    unit = [torch.nn.functional.normalize(net.p.detach().double().flatten(1)) for net in (before, after)]
-    cosine = (unit[0] * unit[1]).sum(1).numpy()
-    assert [q["similarity"] for q in found["prototypes"]] == pytest.approx(cosine, abs=1e-5)
-    assert found["gap"] == pytest.approx((1 - cosine).mean(), abs=1e-5)
-    assert found["distinct"] == len({(q["class"], q["ecg_id"], q["window"]) for q in found["prototypes"]})
-    assert found["records"] == len({q["ecg_id"] for q in found["prototypes"]})
-    val = np.flatnonzero(prep.val)
-    for when, net in (("before", before), ("after", after)):
-        logits = common.batched(lambda x: net(x)[0], prep, val, "cpu")
-        assert found[f"val_auroc_{when}"] == pytest.approx(
-            common.macro_auroc(prep.labels[val][:, common.columns(net.classes)], logits.numpy()))
-
-
-@pytest.mark.parametrize("flags, windows", [([], 2), (["--unique"], 2), (["--no-unique"], 1)])
-def test_whether_windows_may_repeat_is_a_flag(tiny_prep, tmp_path, monkeypatch, flags, windows):
-    path = write_joint(tmp_path / "run", tiny_prep())
-    saved = torch.load(path, weights_only=True)
-    saved["state"]["p"][1] = saved["state"]["p"][0]                            # the class's two prototypes are the same
-    common.save_pt(path, saved)
-    run_stage(monkeypatch, "03_project", "--prep", tmp_path / "prep", "--run", tmp_path / "run", *flags)
-    found = json.loads(path.with_name("prototypes.json").read_text())
-    first, second = found["prototypes"][:2]
-    assert first["class"] == second["class"] and len({q["ecg_id"] for q in (first, second)}) == windows
-    assert found["unique"] == (windows == 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# ---- Metrics
 
 @given(st.integers(1, 25).flatmap(lambda n: st.tuples(
     st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=n, max_size=n),
@@ -755,14 +576,13 @@ def test_auroc_of_many_records():
     np.testing.assert_allclose(common.auroc(y, -score), 1 - np.array(want), atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results per record
+# ---- Results per record
 
 @pytest.mark.parametrize("kind", ["blackbox", "1d", "partial", "global"])
 def test_batched_results_belong_to_the_record_alone(tiny_prep, kind):
     prep = tiny_prep(n=40)
     torch.manual_seed(0)
-    cfg = Config(width=8)
+    cfg = Config(width=16)
     codes = ["SR", "AFIB"]
     model = common.BlackBox(codes, cfg) if kind == "blackbox" else common.ProtoECGNet(kind, codes, [2, 2], cfg)
     model.eval()
@@ -778,450 +598,202 @@ def test_batched_results_belong_to_the_record_alone(tiny_prep, kind):
     torch.testing.assert_close(every[[0, 17, 39]], alone, rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Artifacts
+# ---- Settings and flags
 
-SAVERS = {"npy": (common.save_npy, np.arange(5), np.arange(6), (np, "save")),
-          "json": (common.save_json, {"a": 1}, {"a": 2}, (common.Path, "write_text")),
-          "pt": (common.save_pt, {"a": torch.ones(2)}, {"a": torch.zeros(2)}, (torch, "save"))}
+@pytest.mark.parametrize("recipe", common.RECIPES)
+def test_config_survives_json(recipe):
+    cfg = common.RECIPES[recipe]
+    assert common.config_of(json.loads(json.dumps({"config": asdict(cfg)}))) == cfg
 
 
-@pytest.mark.parametrize("where", ["while writing", "at the rename"])
-@pytest.mark.parametrize("kind", SAVERS)
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, kind, where):
-    save, old, new, writer = SAVERS[kind]
-    path = tmp_path / "deep" / f"artifact.{kind}"
-    save(path, old)
-    before = path.read_bytes()
+def parsed(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["02_train_joint.py", *argv])
+    return common.parse(common.argument_parser("", *common.RUN_FLAGS, "seed"))
 
-    def full(*args, **kwargs):
-        for half in set(path.parent.iterdir()) - {path}:
-            half.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr(*(writer if where == "while writing" else (os, "replace")), full)
-        save(path, new)
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
-    save(path, new)
-    assert path.read_bytes() != before and list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize("argv, run, prep", [
+    ([], "runs/default", "runs/prep"), (["--recipe", "paper"], "runs/paper", "runs/prep"),
+    (["--demo"], "runs/demo", "runs/demo-prep"), (["--run", "r", "--prep", "p"], "r", "p"),
+    (["--demo", "--recipe", "paper"], "runs/demo-paper", "runs/demo-prep")])
+def test_default_folders(monkeypatch, argv, run, prep):
+    args = parsed(monkeypatch, *argv)
+    assert (str(args.run), str(args.prep)) == (run, prep)
+
+
+@pytest.mark.parametrize("argv", [["--model", "3d"], ["--recipe", "x"], ["--seed", "x"], ["--x"],
+                                  *[["--device", "cuda"]] * (not torch.cuda.is_available())])
+def test_wrong_flags_exit_with_2(monkeypatch, capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        parsed(monkeypatch, *argv)
+    assert e.value.code == 2 and capsys.readouterr().err
+
+
+def test_threads_bound_numpy_and_scipy_too():
+    """Two threads of numpy's on one free core made a small `solve` 160 times slower."""
+    code = """
+import sys, threadpoolctl, common
+sys.argv = ["x", "--threads", "1"]
+common.parse(common.argument_parser("", *common.RUN_FLAGS))
+print({p["num_threads"] for p in threadpoolctl.threadpool_info() if p["user_api"] == "blas"})"""
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, env=env,
+                         capture_output=True, text=True)
+    assert out.stdout == "{1}\n", out.stderr
+
+
+# ---- Files
+
+META = {"format": common.FORMAT, "made_from": {}}
+VALUES = {"a.npy": np.arange(5), "a.json": {**META, "a": 1}, "a.pt": {"meta": META, "a": 1}, "a.txt": "text"}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_saved_values_come_back_and_give_the_same_bytes(tmp_path, name):
+    for folder in ("x", "y"):
+        common.save(tmp_path / folder / name, VALUES[name])
+    assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+    assert [p.name for p in (tmp_path / "x").iterdir()] == [name]
+    if name != "a.txt":
+        found = common.load(tmp_path / "x" / name, "01_preprocess.py")
+        assert np.array_equal(found, VALUES[name]) if name == "a.npy" else found == VALUES[name]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
+    common.save(tmp_path / name, VALUES[name])
+    old = (tmp_path / name).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for target in ("write_bytes", "replace"):
+        with monkeypatch.context() as m:
+            m.setattr(*((Path, "write_bytes") if target == "write_bytes" else (os, "replace")), full)
+            with pytest.raises(OSError):
+                common.save(tmp_path / name, VALUES[name])
+        assert (tmp_path / name).read_bytes() == old
+    common.save(tmp_path / name, VALUES[name])  # the next run takes the place of what was left
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_values_that_must_not_be_written(tmp_path):
-    for save, value in ((common.save_json, {"a": torch.ones(1)}), (common.save_npy, np.array([{}], object))):
-        with pytest.raises((ValueError, TypeError)):
-            save(tmp_path / "x", value)
-        assert list(tmp_path.iterdir()) == []
-    try:
-        common.save_json(tmp_path / "x", {"a": float("nan")})  # refused or null, but no NaN in a JSON file
-    except ValueError:
-        assert list(tmp_path.iterdir()) == []
-    else:
-        assert json.loads((tmp_path / "x").read_text(), parse_constant=pytest.fail) == {"a": None}
+    for name, value in (("a.json", {"a": float("nan")}), ("a.npy", np.array([{}], object))):
+        with pytest.raises(ValueError):
+            common.save(tmp_path / name, value)
+        assert not any(tmp_path.iterdir())
 
 
-def test_kill_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "artifact.json"
-    common.save_json(path, {"round": 1})
-    child = os.fork()
-    if child == 0:
-        with common.replacing(path) as t:
-            t.write_text("half of it")
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert json.loads(path.read_text()) == {"round": 1}
-    common.save_json(path, {"round": 2})
-    assert json.loads(path.read_text()) == {"round": 2}
-
-
-def test_a_label_with_few_positives_in_fold_9_has_the_threshold_one_half():
-    y = np.zeros((30, 3), int)
-    y[:10, 0] = y[:9, 1] = 1
-    logits = np.linspace(5, 2, 30)[:, None] * np.ones(3)
-    assert common.decision_thresholds(y, logits).tolist() == [pytest.approx(logits[9, 0]), 0, 0]
-
-
-def test_ctrl_c_that_a_library_turns_into_another_error():
-    def main():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise ValueError("Invalid bounding box") from None
-
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as e:
-        common.run(main)
-    assert e.value.code.startswith("\ninterrupted") and signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(ZeroDivisionError):
-        common.run(lambda: 1 / 0)
-
-
-def test_ctrl_c_counts_where_python_cannot_raise():
-    """In a finaliser or the hooks of a fork, Python prints "Exception ignored" with a traceback and goes on."""
-    main = """
-        import signal, time, common
-        class Swallows:
-            def __del__(self):
-                signal.raise_signal(signal.SIGINT)
-        def main():
-            Swallows()
-            time.sleep(300)
-            print("went on")
-        common.run(main)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(main)], cwd=Path(common.__file__).parent,
-                          capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("\ninterrupted: "), done
-
-
-POOL = """
-    import os, signal, threading, time, common
-    from types import SimpleNamespace
-    def main():
-        for task in {tasks}:
-            try:
-                with common.process_pool(SimpleNamespace(threads=2)) as pool:
-                    for answer in [pool.submit(task, bytes(200_000)) for _ in range(20)]:
-                        answer.result(timeout=5)
-            except (TimeoutError, ValueError, SystemExit) as e:
-                print(str(e) or "nothing came", flush=True)
-    def fails(job):
-        raise ValueError("failed")
-    def killed(job):
-        os.kill(os.getpid(), signal.SIGKILL)
-    def killed_answering(job):
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        return bytes(100_000_000)
-    def waits(job):
-        os.write(1, b"%d\\n" % os.getpid())  # at once: two processes share the pipe
-        time.sleep(300)
-    common.run(main)
-"""
-
-
-def start_pool(tasks):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(POOL).format(tasks=tasks)], text=True,
-                            cwd=Path(common.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_pool_whose_task_fails_or_is_killed_ends():
-    """A multiprocessing.Pool waits for ever: now and then after a failed task, always after a killed process."""
-    process = start_pool("[fails] * 8 + [killed]")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and not err, err
-    *failed, killed = out.splitlines()
-    assert failed == ["failed"] * 8 and "a process was killed" in killed
-
-
-@pytest.mark.slow
-def test_process_killed_while_it_answers():
-    """Half an answer must not be waited for. When the kill falls is chance: mostly into the answer."""
-    process = start_pool("[killed_answering] * 3")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and not err, err
-    assert len(out.splitlines()) == 3 and set(out.splitlines()) <= {"nothing came", *re.findall("a process.*", out)}
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
-def test_killed_stage_takes_its_pool_along():
-    process = start_pool("[waits]")
-    workers = [int(process.stdout.readline()) for _ in range(min(2, os.cpu_count()))]
-    process.kill()
-    process.wait()
-    until = time.monotonic() + 20  # they need a moment
-    while any(Path(f"/proc/{w}").exists() for w in workers) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not [w for w in workers if Path(f"/proc/{w}").exists()]
-
-
-def test_full_disk_and_interrupt_are_one_sentence():
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/x.npy")
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as e:
-        common.run(full)
-    assert "disk is full" in sentence(e) and "runs/x.npy" in sentence(e)
-    with pytest.raises(SystemExit) as e:
-        common.run(interrupted)
-    assert "interrupted" in e.value.code and "again" in e.value.code and len(e.value.code.strip().splitlines()) == 1
-
-
-LOADERS = {"npy": common.load_npy, "npy memory-mapped": lambda *a: common.load_npy(*a, mmap=True), "pt": common.load_pt,
-           "json": common.load_json}
-
-
-def good_bytes(kind, folder):
-    path = folder / "good"
-    {"npy": lambda: common.save_npy(path, np.arange(600, dtype=np.float32).reshape(20, 30)),
-     "pt": lambda: common.save_pt(path, {"meta": {"format": common.FORMAT}, "state": {"w": torch.arange(300.0)}}),
-     "json": lambda: common.save_json(path, {"format": common.FORMAT, "codes": CODES})}[kind.split()[0]]()
-    data = path.read_bytes()
-    path.unlink()
-    return data
-
-
-def object_npy():
-    import io
-    f = io.BytesIO()
-    np.save(f, np.array([{"a": 1}], object), allow_pickle=True)
-    return f.getvalue()
-
-
-def saved_pt(value):
-    import io
-    f = io.BytesIO()
-    torch.save(value, f)
-    return f.getvalue()
-
-
-def zipped(damaged=False):
-    import io
-    f = io.BytesIO()
-    with zipfile.ZipFile(f, "w") as z:
-        z.writestr("a.npy", b"x" * 100)
-    return f.getvalue()[:60] if damaged else f.getvalue()
-
-
-class Evil:
+class Hostile:
     def __reduce__(self):
-        return (os.mkdir, ("pickle-was-executed",))
+        return os.mkdir, ("executed",)
 
 
-FOREIGN = {"empty": b"", "text": b"ecg_id,patient_id\n1,2\n", "zeros": bytes(4000), "object array": object_npy(),
-           "zip": zipped(), "half a zip": zipped(damaged=True), "pickle": pickle.dumps({"a": 1}),
-           "hostile pickle": pickle.dumps(Evil()), "hostile pt": saved_pt({"meta": {"format": 1}, "x": Evil()}),
-           "picture": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
-           "brackets": b"[" * 100_000}
+def damaged(path, how):
+    """Put something else than the right file at `path`."""
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[:len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
+    elif how == "hostile torch":
+        torch.save({"meta": META, "x": Hostile()}, path)
+    elif how == "hostile numpy":
+        with open(path, "wb") as f:
+            np.save(f, np.array([Hostile()], object), allow_pickle=True)
+    elif how == "text":
+        path.write_text("not what it should be")
+    elif how == "other json":
+        path.write_text('[1, 2]')
 
 
-@pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("damage", ["missing", "folder", *FOREIGN])
-def test_damaged_and_foreign_files_give_one_sentence(tmp_path, monkeypatch, kind, damage):
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty", "hostile pickle", "hostile torch",
+                                 "hostile numpy", "text", "other json"])
+@pytest.mark.parametrize("name", ["a.npy", "a.json", "a.pt"])
+def test_damaged_and_foreign_files_give_one_sentence(tmp_path, monkeypatch, name, how):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "artifact"
-    if damage == "folder":
-        path.mkdir()
-    elif damage != "missing":
-        path.write_bytes(FOREIGN[damage])
+    common.save(tmp_path / name, VALUES[name])
+    damaged(tmp_path / name, how)
     with pytest.raises(SystemExit) as e:
-        LOADERS[kind](path, MAKER)
-    assert str(path) in sentence(e) and MAKER in sentence(e) and "run" in sentence(e)
-    assert not (tmp_path / "pickle-was-executed").exists()
+        common.load(tmp_path / name, "01_preprocess.py")
+    assert "01_preprocess.py" in sentence(e) and name in sentence(e)
+    assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("kind", LOADERS)
-def test_truncated_files_give_one_sentence(tmp_path, kind):
-    data, path = good_bytes(kind, tmp_path), tmp_path / "artifact"
-    for length in (1, 5, 7, 20, 64, 127, 128, 129, len(data) // 2, len(data) - 30, len(data) - 4, len(data) - 2):
-        path.write_bytes(data[:length])
+@pytest.mark.parametrize("name", ["a.json", "a.pt"])
+def test_another_format_is_refused(tmp_path, name):
+    other = {**META, "format": common.FORMAT - 1}
+    common.save(tmp_path / name, other if name == "a.json" else {"meta": other})
+    with pytest.raises(SystemExit) as e:
+        common.load(tmp_path / name, "03_project.py")
+    assert "version" in sentence(e) and "03_project.py" in sentence(e)
+
+
+def test_chain_is_transitive_and_a_change_is_noticed(tmp_path):
+    args = arguments(tmp_path / "run", tmp_path / "prep")
+    first, second, third = tmp_path / "prep/preprocess.json", args.run / "m/joint.pt", args.run / "m/p.json"
+    common.save(first, {**common.provenance(args), "x": 1})
+    common.save(second, {"meta": common.provenance(args, (first, common.load(first, "01")))})
+    common.save(third, common.provenance(args, (second, common.load(second, "02")["meta"])))
+    assert set(common.load(third, "03", args)["made_from"]) == {"preprocess.json", "m/joint.pt"}
+    assert len(common.load(third, "03", args)["commands"]) == 1  # of one process: each once
+    common.load(third, "03", arguments(args.run, None))  # without PREP only what is there is compared
+    common.save(first, {**common.provenance(args), "x": 2})
+    common.load(third, "03", arguments(args.run, None))
+    for path, maker in ((second, "02"), (third, "03")):
         with pytest.raises(SystemExit) as e:
-            LOADERS[kind](path, MAKER)
-        assert str(path) in sentence(e) and MAKER in sentence(e), length
-    path.write_bytes(data)
-    LOADERS[kind](path, MAKER)
+            common.load(path, maker, args)
+        assert "another" in sentence(e) and str(first) in sentence(e) and f"run {maker} again" in sentence(e) and "delete" in sentence(e)
+    second.unlink()
+    with pytest.raises(SystemExit):
+        common.load(third, "03", arguments(args.run, None))
 
 
-@pytest.mark.parametrize("kind", LOADERS)
-def test_flipped_bytes_never_give_a_traceback(tmp_path, kind):
-    data, path, rng = good_bytes(kind, tmp_path), tmp_path / "artifact", np.random.default_rng(0)
-    for _ in range(60):
-        damaged = bytearray(data)
-        for at in rng.integers(0, min(len(data), 400), rng.integers(1, 4)):  # headers, mostly
-            damaged[at] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            LOADERS[kind](path, MAKER)
-        except SystemExit as e:
-            assert str(path) in e.code and MAKER in e.code and "\n" not in e.code
-
-
-@pytest.mark.parametrize("value", [3, [1], {"a": 1}, {"meta": 3}, {"meta": None}, {"meta": {}}, {"meta": {"format": 0}},
-                                   {"meta": torch.ones(1)}, torch.ones(3)], ids=str)
-def test_pt_of_another_layout_gives_one_sentence(tmp_path, value):
-    torch.save(value, tmp_path / "joint.pt")
-    with pytest.raises(SystemExit) as e:
-        common.load_pt(tmp_path / "joint.pt", "02_train_joint.py")
-    assert "joint.pt" in sentence(e) and "02_train_joint.py" in sentence(e)
-
-
-@pytest.mark.parametrize("value", [[], {}, 3, None, "x", {"format": 1}], ids=str)
-def test_preprocess_json_that_is_not_ours_gives_one_sentence(tiny_prep, tmp_path, value):
-    tiny_prep()
-    (tmp_path / "prep/preprocess.json").write_text(json.dumps(value))
-    with pytest.raises(SystemExit) as e:
-        common.load_prep(tmp_path / "prep")
-    assert "preprocess.json" in sentence(e) and MAKER in sentence(e)
-
-
-@pytest.mark.parametrize("name", ["signals", "labels", "folds", "ecg_ids", "patient_ids"])
+@pytest.mark.parametrize("name", ["labels", "folds", "ecg_ids", "patient_ids", "signals"])
 def test_arrays_of_another_preprocessing_are_refused(tiny_prep, tmp_path, name):
     prep = tiny_prep()
-    assert prep.signals.shape == (60, 12, 1000) and (prep.train.sum(), prep.val.sum(), prep.test.sum()) == (48, 6, 6)
-    path = tmp_path / "prep" / f"{name}.npy"
-    good = np.load(path)
-    for other in [good[:-1], good[:, None]] + ([] if name == "signals" else [good[::-1]]):  # signals: 1 GB, not hashed
-        common.save_npy(path, other)
-        with pytest.raises(SystemExit) as e:
-            common.load_prep(tmp_path / "prep")
-        assert name in sentence(e) and MAKER in sentence(e)
-    path.unlink()
+    array = np.array(getattr(prep, name))
+    common.save(tmp_path / "prep" / f"{name}.npy", array[:-1] if name == "signals" else array[::-1].copy())
     with pytest.raises(SystemExit) as e:
         common.load_prep(tmp_path / "prep")
-    assert f"{name}.npy is missing" in sentence(e) and MAKER in sentence(e)
+    assert f"{name}.npy" in sentence(e) and "01_preprocess.py" in sentence(e)
 
 
 def test_loaded_signals_cannot_change_the_file(tiny_prep, tmp_path):
     prep = tiny_prep()
-    before = common.file_hash(tmp_path / "prep/signals.npy")
-    prep.signals[:] = 0
-    del prep
-    assert common.file_hash(tmp_path / "prep/signals.npy") == before
+    before = (tmp_path / "prep/signals.npy").read_bytes()
+    prep.signals[0] = 7
+    assert (tmp_path / "prep/signals.npy").read_bytes() == before
 
 
-def test_another_input_is_refused_and_force_warns(tmp_path, capsys):
-    data = tmp_path / "preprocess.json"
-    data.write_text("one")
-    meta = common.provenance(Config(), "02_train_joint.py", prep=data)
-    common.same_input(meta, "prep", data, "joint.pt", "02_train_joint.py --model rhythm")
-    assert capsys.readouterr().err == ""
-    data.write_text("two")
-    with pytest.raises(SystemExit) as e:
-        common.same_input(meta, "prep", data, "joint.pt", "02_train_joint.py --model rhythm")
-    assert "joint.pt" in sentence(e) and "02_train_joint.py --model rhythm" in sentence(e) and "--force" in sentence(e)
-    common.same_input(meta, "prep", data, "joint.pt", "02_train_joint.py --model rhythm", force=True)
-    err = capsys.readouterr().err
-    assert err.startswith("WARNING: joint.pt was made from another") and err.count("\n") == 1
-    with pytest.raises(SystemExit):  # an artifact that names no such input is no better than one of another input
-        common.same_input({"inputs": {}}, "prep", data, "joint.pt", "02_train_joint.py")
+# ---- A finished run
 
-
-def test_input_that_is_gone_gives_one_sentence(tmp_path):
-    data = tmp_path / "joint.pt"
-    data.write_text("one")
-    meta = common.provenance(Config(), "03_project.py", joint=data)
-    data.unlink()
-    with pytest.raises(SystemExit) as e:
-        common.same_input(meta, "joint", data, "projected.pt", "03_project.py --model rhythm")
-    assert "joint.pt" in sentence(e)
-
-
-def test_provenance_names_settings_code_versions_and_inputs(tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(b"abc")
-    made = common.provenance(PAPER, "03_project.py", joint=path)
-    assert made["inputs"] == {"joint": "ba7816bf8f01cfea"}  # sha256 of "abc"
-    assert made["config"]["recipe"] == "paper" and made["config"]["seed"] == 42 and made["stage"] == "03_project.py"
-    assert set(made["code"]) == {"common.py", "03_project.py"} and set(made["versions"]) >= {"python", "torch", "numpy"}
-    assert common.config_of(json.loads(json.dumps(made))) == PAPER
-
-
-@pytest.mark.parametrize("model", ["rhythm", "morphology", "global", "blackbox-1d"])
-def test_saved_model_is_built_again(tiny_prep, tmp_path, model):
+def test_a_run_folder_predicts_without_prep(tiny_prep, tmp_path, monkeypatch):
+    """predict gives what 04 saved, and needs the run folder only."""
     prep = tiny_prep()
-    path = write_joint(tmp_path, prep, model)
-    net, meta = common.load_model(path, "02_train_joint.py")
-    saved = torch.load(path, weights_only=True)
-    assert not net.training and meta["classes"] == net.classes
-    assert all(torch.equal(v, net.state_dict()[k]) for k, v in saved["state"].items())
-    np.testing.assert_allclose(net.scaler.std.flatten(), prep.info["scaler"]["std"], rtol=1e-6)  # it travels along
+    run = write_run(monkeypatch, tmp_path / "run", prep, a=(2.0, 2.0, 2.0))
+    later = np.flatnonzero(prep.val | prep.test)
+    x, saved = np.array(prep.signals[later]), torch.load(run / "classifiers/fusion.pt", weights_only=True)
+    (tmp_path / "prep").rename(tmp_path / "gone")
+    heads = common.load_run(run)
+    assert [h.name for h in heads] == ["fusion"] and heads[0].branches == common.BRANCHES
+    probability = common.predict(heads, x)
+    want = 1 / (1 + np.exp(-saved["logits"].double().numpy()))
+    assert probability.shape == (len(later), 71)
+    own = [n.p_patient.tolist() for n in heads[0].networks]
+    assert not set(sum(own, [])) & set(prep.patient_ids[later].tolist())
+    np.testing.assert_allclose(probability, want, atol=1e-5)
+    (rhythm,) = common.load_run(run, ["rhythm"])
+    assert np.isnan(common.predict([rhythm], x[:2])).sum(1).tolist() == [71 - len(rhythm.classes)] * 2
+    for q in heads[0].prototypes:
+        row = prep.row_of[q["ecg_id"]]
+        assert np.abs(q["x"] - prep.signals[row]).max() <= 0.00051 and q["class"] in q["labels"]
 
 
-@pytest.mark.parametrize("change", ["state missing", "key missing", "other width", "unknown setting", "unknown model",
-                                    "no latent_dim"])
-def test_checkpoint_of_another_architecture_gives_one_sentence(tiny_prep, tmp_path, change):
-    path = write_joint(tmp_path, tiny_prep(), "rhythm")
-    saved = torch.load(path, weights_only=True)
-    if change == "state missing":
-        del saved["state"]
-    elif change == "key missing":
-        del saved["state"]["p"]
-    elif change == "other width":
-        saved["meta"]["config"]["width"] = 4
-    elif change == "unknown setting":
-        saved["meta"]["config"]["depth"] = 4
-    elif change == "unknown model":
-        saved["meta"]["model"] = "3d"
-    else:
-        del saved["meta"]["latent_dim"]
-    torch.save(saved, path)
+def test_a_run_of_nothing_gives_one_sentence(tmp_path):
     with pytest.raises(SystemExit) as e:
-        common.load_model(path, "02_train_joint.py --model rhythm")
-    assert str(path) in sentence(e) and "02_train_joint.py --model rhythm" in sentence(e)
-
-
-def test_newest_round(tmp_path):
-    with pytest.raises(SystemExit) as e:
-        common.newest(tmp_path, "joint", "02_train_joint.py --model rhythm")
-    assert "joint.pt is missing" in sentence(e) and "02_train_joint.py --model rhythm" in sentence(e)
-    for name in ("joint.pt", "projected.pt", "projected_r2.pt"):
-        (tmp_path / name).touch()
-    assert common.newest(tmp_path, "joint", "02") == (1, tmp_path / "joint.pt")
-    assert common.newest(tmp_path, "projected", "03") == (2, tmp_path / "projected_r2.pt")
-    (tmp_path / "joint_r10.pt").touch(), (tmp_path / "joint_r9.pt").touch()
-    assert common.newest(tmp_path, "joint", "02") == (10, tmp_path / "joint_r10.pt")
-
-
-def test_a_copy_beside_a_checkpoint_is_not_a_round(tmp_path):
-    for name in ("joint.pt", "joint_old.pt", "joint_run2.pt", "joint copy.pt", "joint_r2_backup.pt"):
-        (tmp_path / name).touch()
-    assert common.newest(tmp_path, "joint", "02") == (1, tmp_path / "joint.pt")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-def test_default_folders():
-    p = common.argument_parser("doc")
-    args = common.parse(p, [])
-    assert [str(f) for f in (args.data, args.prep, args.run)] == ["data/ptbxl", "runs/prep", "runs/default"]
-    assert (args.seed, args.recipe, args.model, args.force) == (42, "default", None, False)
-    args = common.parse(p, ["--recipe", "paper", "--demo"])
-    assert [str(f) for f in (args.data, args.prep, args.run)] == ["data/demo", "runs/demo-prep", "runs/demo-paper"]
-
-
-def test_small_is_the_same_flag_everywhere():
-    """Its folder, its settings with each recipe, its size, and the command that messages tell the user to run."""
-    def of(*flags):
-        args = common.parse(common.argument_parser("doc"), [*flags])
-        return args, common.recipe(args)
-
-    args, cfg = of("--small")
-    assert (str(args.prep), str(args.run), args.model) == ("runs/prep", "runs/small", None)
-    assert common.rerun("03_project.py") == "run `python 03_project.py --small`"
-    assert cfg == common.replace(common.Config(), **common.SMALL)
-    branch = common.ProtoECGNet("1d", GROUPS["rhythm"], [cfg.per_class[0]] * 16, cfg, latent_dim=16)
-    box = common.BlackBox(GROUPS["rhythm"], cfg)
-    assert all(sum(w.numel() for w in net.parameters()) <= 1e6 for net in (branch, box))
-    args, cfg = of("--small", "--run", "runs/other", "--seed", "7")
-    assert common.rerun("03_project.py") == "run `python 03_project.py --small --run runs/other`" and cfg.seed == 7
-    args, cfg = of("--small", "--recipe", "paper")
-    assert (str(args.run), cfg.width, cfg.start, cfg.add_on) == ("runs/small-paper", 32, "random", "sigmoid")
-    args, cfg = of("--small", "--demo")
-    assert (str(args.run), cfg.width, common.start_of("rhythm", cfg)) == ("runs/demo-small", 16, "blackbox-rhythm")
-    assert common.rerun("03_project.py") == "run `python 03_project.py --demo --small`"
-    of("--demo", "--run", "runs/mine", "--data", "d")
-    assert common.rerun("01_preprocess.py") == "run `python 01_preprocess.py --demo --data d --run runs/mine`"
-    assert common.rerun("03_project.py") == "run `python 03_project.py --demo --run runs/mine`"
-    assert of()[1] == common.Config() and of("--demo")[1].start == "blackbox-1d"
-
-
-def test_what_models_start_from():
-    """The rhythm branch from a black box on its own labels, all others from one on 71; a start that is asked for."""
-    cfg = common.Config()
-    assert {m: common.start_of(m, cfg) for m in ("rhythm", "morphology", "global", "all-1d")} == {
-        "rhythm": "blackbox-rhythm", "morphology": "blackbox-1d", "global": "blackbox-1d", "all-1d": "blackbox-1d"}
-    assert common.start_of("rhythm", common.replace(cfg, rhythm_alone=False)) == "blackbox-1d"
-    for start in ("random", "imagenet", "blackbox-2d"):
-        assert common.start_of("rhythm", common.replace(cfg, start=start)) == start
-
-
-@pytest.mark.parametrize("argv", [["--model", "3d"], ["--recipe", "other"], ["--threads", "0"], ["--seed", "x"],
-                                  ["--device", "abacus"], ["--device", "cuda:99"], ["--nonsense"]], ids=" ".join)
-def test_wrong_flags_exit_with_2(capsys, argv):
-    with pytest.raises(SystemExit) as e:
-        common.parse(common.argument_parser("doc"), argv)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and "error:" in err and "Traceback" not in err
+        common.load_run(tmp_path)
+    assert "02_train_joint.py" in sentence(e)
