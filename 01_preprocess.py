@@ -1,16 +1,15 @@
-"""Stage 01, preprocessing (paper 3.1, 3.2): PTB-XL records -> arrays for all later stages.
+"""Stage 01, preprocessing (paper 3.1, 3.2): PTB-XL records -> arrays for later stages.
 
 reads   DATA/ptbxl_database.csv, scp_statements.csv, records100/
-writes  PREP/signals.npy float32 [N, 12, 1000] mV, without baseline wander (below 0.5 Hz);
-        labels.npy uint8 [N, 71], whatever a label's likelihood;
-        folds.npy, ecg_ids.npy, patient_ids.npy int64 [N];
+writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered at 0.5 Hz;
+        labels.npy uint8 [N, 71]; folds.npy, ecg_ids.npy, patient_ids.npy int64 [N];
         preprocess.json: StandardScaler of folds 1-8, Jaccard similarities, counts
 
     python 01_preprocess.py                 all 21,799 records
     python 01_preprocess.py --records 3000  the first 3,000
 
-Takes half a minute on one CPU core. Last line:
-`runs/prep: 21,799 records (train 17,418, validation 2,183, test 2,198)`.
+Takes half a minute. Last line:
+`runs/prep: 21,799 records (train, validation, test: [17418, 2183, 2198])`.
 """
 import sys
 from itertools import islice
@@ -25,11 +24,11 @@ from common import CODES, LEADS
 
 TABLES = "ptbxl_database.csv", "scp_statements.csv"
 NUMBERS = ["ecg_id", "patient_id", "strat_fold"]
-CSV = {"encoding": "utf-8-sig", "dtype": str, "engine": "python"}  # refuses stray quotes
+CSV = {"encoding": "utf-8-sig", "dtype": str, "engine": "python"}  # refuses odd quotes
 
 
-def read_tables(data):
-    """The records by ecg_id (a DataFrame) and {label: description}, or an exception."""
+def read_tables(data, first):
+    """The first records by ecg_id (a DataFrame), {label: description}; or an exception."""
     described = dict(pd.read_csv(data / TABLES[1], usecols=[0, 1], **CSV).to_numpy())
     if list(described) != CODES:
         raise ValueError(f"{TABLES[1]} does not list the 71 labels of PTB-XL")
@@ -45,29 +44,27 @@ def read_tables(data):
         "its patient is in two folds": fold.groupby(patient).transform("nunique") == 1,
         "its ecg_id stands twice": ~ecg_id.duplicated(),
         "filename_lr is not that of its ecg_id": table["filename_lr"] == names,
-        "scp_codes is not a dictionary": codes.fullmatch(r"\{('[^']+': [0-9.]+,? ?)*\}"),
-        "its label is unknown": codes.findall("'(.+?)'").map(set(CODES).issuperset)}
+        "scp_codes is no dictionary": codes.fullmatch(r"\{('[^']+': [0-9.]+,? ?)*\}"),
+        "it has an unknown label": codes.findall("'(.+?)'").map(set(CODES).issuperset)}
     for what, right in checks.items():
         for row in np.flatnonzero(~right):
             raise ValueError(f"line {row + 2} of {TABLES[0]}: {what}")
     table[["ecg_ids", "patient_ids", "folds"]] = numbers.astype(np.int64)
-    return table.sort_values("ecg_ids"), described
+    return table.sort_values("ecg_ids")[:first], described
 
 
 def read_record(path):
     """The samples of a record, int16 microvolt [12, 1000], or an exception."""
-    header = path.with_suffix(".hea").read_text(errors="replace").splitlines()
-    first, *lines = [line.split() for line in header]
+    header = path.with_suffix(".hea").read_text(errors="replace")
+    lines = [line.split() for line in header.splitlines()]
     signal = [f"{path.name}.dat", "16", "1000.0(0)/mV", "16", "0", "0"]
-    right = [words[:5] + words[7:] for words in lines] == [signal + [lead] for lead in LEADS]
-    if not right or first != [path.name, "12", "100", "1000"]:
+    right = [[path.name, "12", "100", "1000"], *(signal + [lead] for lead in LEADS)]
+    if [words[:5] + words[7:] for words in lines] != right:
         raise ValueError("its header is not that of a 100 Hz record of PTB-XL")
-    x = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(1000, 12).T  # [12, 1000]
-    checksums = [int(words[6]) for words in lines]
-    if ((x.sum(1, dtype=np.int64) - checksums) % 2**16).any():
-        raise ValueError("its samples do not match the checksums of its header")
-    if (x == -2**15).any():
-        raise ValueError("it has missing samples")
+    x = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(1000, 12).T
+    checksums = [int(words[6]) for words in lines[1:]]
+    if ((x.sum(1, dtype=np.int64) - checksums) % 2**16).any() or (x == -2**15).any():
+        raise ValueError("its checksums are not those of its samples, or some are missing")
     return x
 
 
@@ -93,13 +90,12 @@ def write_signals(path, records):
             parts = np.array_split(digital / 1000, 8)  # they fit a cache
             x = np.concatenate([common.highpass(part) for part in parts])
             f.write(x.astype("<f4").tobytes())  # [n, 12, 1000] mV
-            train = x[folds <= 8].transpose(0, 2, 1).reshape(-1, 12)  # [n * 1000, 12]
-            if len(train):
-                scaler.partial_fit(train)
+            if (folds <= 8).any():
+                scaler.partial_fit(x[folds <= 8].transpose(0, 2, 1).reshape(-1, 12))
             flat += ids[(np.ptp(digital, axis=2) == 0).any(1)].tolist()
             saturated += ids[(np.abs(digital) == 2**15 - 1).any((1, 2))].tolist()
-        shape = (f.tell() - 128) // 48_000, 12, 1000
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        N = (f.tell() - 128) // 48_000
+        header = {"descr": "<f4", "fortran_order": False, "shape": (N, 12, 1000)}
         f.seek(0)
         np.lib.format.write_array_header_1_0(f, header)
     scaler = {"mean": scaler.mean_.tolist(), "std": scaler.scale_.tolist()}
@@ -120,17 +116,16 @@ def main():
     p.add_argument("--skip-bad", action="store_true", help="leave bad records out")
     args = common.parse(p)
     try:
-        table, described = read_tables(args.data)
+        table, described = read_tables(args.data, args.records)
     except (OSError, ValueError) as e:
         sys.exit(f"{args.data}: {e}: run 00_download.py, or use --data")
-    table = table[:args.records]
     args.prep.mkdir(parents=True, exist_ok=True)
     signals, skipped = args.prep / ".signals.npy.tmp", []
-    found = write_signals(signals, usable(args, table, skipped))
+    info = write_signals(signals, usable(args, table, skipped))
     table = table[~table["ecg_ids"].isin([s["ecg_id"] for s in skipped])]
     sizes = np.histogram(table["folds"], [1, 9, 10, 11])[0].tolist()
     if 0 in sizes:
-        sys.exit(f"{len(table)} records are too few: one of the three parts is empty")
+        sys.exit(f"{len(table)} records are too few: a part of the three is empty")
     (args.prep / "preprocess.json").unlink(missing_ok=True)  # until all is new
     signals.replace(args.prep / "signals.npy")
     labels = [[f"'{c}'" in codes for c in CODES] for codes in table["scp_codes"]]
@@ -142,7 +137,7 @@ def main():
     train = arrays["labels"][table["folds"] <= 8]
     positives = dict(zip(CODES, train.sum(0).tolist()))
     common.save(args.prep / "preprocess.json", {
-        **common.provenance(args), **found, "skipped": skipped, "records": len(table),
+        **common.provenance(args), **info, "skipped": skipped, "records": len(table),
         "sizes": dict(zip(["train", "validation", "test"], sizes)), "shapes": shapes,
         "codes": CODES, "descriptions": described, "training_positives": positives,
         "without_training_record": [c for c in CODES if not positives[c]],
@@ -150,8 +145,7 @@ def main():
         "jaccard": jaccard(train).round(6).tolist(),
         "sha256": {n: common.file_hash(args.prep / f"{n}.npy") for n in shapes},
         "tables": {n: common.file_hash(args.data / n) for n in TABLES}})
-    print(f"{args.prep}: {len(table):,} records "
-          "(train {:,}, validation {:,}, test {:,})".format(*sizes))
+    print(f"{args.prep}: {len(table):,} records (train, validation, test: {sizes})")
 
 
 if __name__ == "__main__":

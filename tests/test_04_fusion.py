@@ -1,7 +1,5 @@
 """04_fusion.py: its solver of Eq. (10) against the optimality conditions and a slow reference; blindness to fold 10."""
-import json
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +9,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import common
-from common import CODES
-from conftest import change_prep, run_stage, sentence, stage, write_joint
+from conftest import arguments, change_prep, run_stage, sentence, stage, write_joint, write_run
 
 fusion = stage("04_fusion")
 TIGHT = 1e-8  # asked of the solver here, so that the comparisons are sharp
@@ -174,14 +171,6 @@ def test_a_label_that_every_or_no_record_has_is_no_infinity():
     assert np.isfinite(W).all() and np.isfinite(b).all() and b[0] < -5 and b[1] > 5 and violation < 1e-5
 
 
-def test_reported_violation_is_the_true_one():
-    """Stopped early, fit must say so: fit_path and the artifact's meta rely on the number."""
-    X, Y, off = problem()
-    W, b, violation = solve(X, Y, off, 1e-3, rounds=1)
-    _, _, converged = solve(X, Y, off, 1e-3)
-    assert converged <= TIGHT < violation
-
-
 def test_infinite_strength_gives_own_class_weights_only():
     X, Y, off = problem()
     W, b, violation = solve(X, Y, off, torch.inf)
@@ -197,8 +186,7 @@ def test_rare_separable_class_has_a_finite_optimum():
     assert logits[Y[:, 0] == 1].min() > logits[Y[:, 0] == 0].max() and np.abs(W[0]).max() < 50
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes into the fit
+# ---- What goes into the fit
 
 def scores_and_prep(N=60, P=8, seed=0):
     rng = np.random.default_rng(seed)
@@ -213,7 +201,8 @@ def test_standardise_uses_training_folds_and_forgets_own_patients():
     scores, prep, _, _ = scores_and_prep()  # whose patients have the numbers of their rows
     own = np.array([0, 3, 3, 60 - 4, 12, 20, 21, 30])
     assert (prep.folds[own] <= 8).all()
-    X, X_val, X_later, mean, std = fusion.standardise(scores, prep, own)
+    X_all, mean, std = fusion.standardise(scores, prep, own)
+    X, X_later = X_all[prep.train], X_all[prep.folds >= 9]
     train = scores[prep.train].astype(np.float64)
     np.testing.assert_allclose(mean, train.mean(0), rtol=1e-6)
     np.testing.assert_allclose(std, train.std(0), rtol=1e-4)
@@ -225,26 +214,13 @@ def test_standardise_uses_training_folds_and_forgets_own_patients():
     np.testing.assert_allclose(X, want, atol=2e-4)
     assert (X == 0).sum() == len(own)  # nothing else is touched
     np.testing.assert_allclose(X_later, (scores[prep.folds >= 9] - train.mean(0)) / train.std(0), atol=2e-4)
-    np.testing.assert_array_equal(X_val, X_later[prep.folds[prep.folds >= 9] == 9])
-
-
-def test_own_patients_entries_do_not_matter():
-    """Whatever a patient's record scores against the prototype taken from it, the classifier sees the mean there."""
-    scores, prep, y, rng = scores_and_prep()
-    own = np.array([0, 3, 3, 56, 12, 20, 21, 30])
-    X = fusion.standardise(scores, prep, own)[0]
-    rows = np.flatnonzero(prep.train).tolist()
-    entries = [rows.index(r) for r in own], np.arange(8)
-    scores[own, np.arange(8)] = 1.0  # a perfect match
-    again = fusion.standardise(scores, prep, own)[0]
-    assert (again[entries] == 0).all() and (X[entries] == 0).all()
 
 
 def test_standardise_forgets_other_records_of_a_prototypes_patient():
     scores, prep, _, _ = scores_and_prep()
     own = np.array([0, 3, 3, 56, 12, 20, -1, 30])  # of the seventh prototype all matches count
     prep.patient_ids[[1, 2, 5]] = prep.patient_ids[[0, 3, 40]]  # rows 0 and 1 are of one patient, so are 3 and 2
-    X = fusion.standardise(scores, prep, own)[0]
+    X = fusion.standardise(scores, prep, own)[0][prep.train]
     rows = np.flatnonzero(prep.train).tolist()
     assert {(rows[i], p) for i, p in zip(*np.nonzero(X == 0))} == {
         *((r, p) for p, r in enumerate(own.tolist()) if r >= 0), (1, 0), (2, 1), (2, 2)}
@@ -253,14 +229,15 @@ def test_standardise_forgets_other_records_of_a_prototypes_patient():
 def test_constant_score_is_no_division_by_zero():
     scores, prep, _, _ = scores_and_prep()
     scores[:, 2] = 0.5
-    X, _, X_later, _, std = fusion.standardise(scores, prep, np.zeros(8, int))
+    X, _, std = fusion.standardise(scores, prep, np.zeros(8, int))
     assert np.isfinite(X).all() and np.abs(X[:, 2]).max() < 1 and (std > 0).all()
 
 
 def path_of(scores, prep, y, own, recipe="default"):
-    X, X_val, X_later, mean, std = fusion.standardise(scores, prep, own)
-    off = np.arange(8)[None] % 3 != np.arange(3)[:, None]
-    W, b, path, strength = fusion.fit_path(X, y[prep.train].astype(float), off, X_val, y[prep.val], "test", recipe)
+    X, mean, std = fusion.standardise(scores, prep, own)
+    off, Y = np.arange(8)[None] % 3 != np.arange(3)[:, None], y.astype(float)
+    W, b, strength, path = fusion.fit_path(
+        X[prep.train], Y[prep.train], off, X[prep.val], y[prep.val], recipe, "test")
     return dict(mean=mean, std=std, W=W, b=b, strength=strength, path=path)
 
 
@@ -302,212 +279,116 @@ def test_best_strength_of_fold_9_is_chosen_within_the_limit(monkeypatch):
     assert path_of(scores, prep, y, np.zeros(8, int))["strength"] == fusion.STRENGTHS["default"][0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stages 03 and 04 themselves
-
-@pytest.fixture
-def run_to_fusion(tmp_path, monkeypatch, tiny_prep):
-    """run_to_fusion(name, change): 03 and 04 on untrained branches, after change(folds, signals, labels)."""
-    def go(name, change=None, models=("rhythm",)):
-        prep = tiny_prep(f"prep-{name}")
-        if change:
-            arrays = {k: np.array(getattr(prep, k)) for k in ("signals", "labels")}
-            change(prep.folds, **arrays)
-            prep = change_prep(tmp_path / f"prep-{name}", **arrays)
-        run = tmp_path / f"run-{name}"
-        for model in models:
-            write_joint(run, prep, model)
-        folders = ("--prep", tmp_path / f"prep-{name}", "--run", run, "--device", "cpu")
-        run_stage(monkeypatch, "03_project", *folders)
-        run_stage(monkeypatch, "04_fusion", *folders)
-        return prep, run
-    return go
+def test_thresholds_have_the_best_f1_of_fold_9():
+    """Against a loop over every score; a label with fewer than 10 positives is predicted from 0 on."""
+    rng = np.random.default_rng(0)
+    y, logits = rng.random((200, 4)) < [0.4, 0.1, 0.03, 0.2], rng.normal(size=(200, 4)).round(1)
+    y[:, 2] = False
+    y[:9, 2] = True
+    for c, got in enumerate(fusion.thresholds_of(y, logits)):
+        f1 = {}
+        for t in set(logits[:, c]):
+            over = logits[:, c] >= t
+            f1[t] = 2 * (over & y[:, c]).sum() / (over.sum() + y[:, c].sum())
+        assert got == 0 if c == 2 else f1[got] == max(f1.values())
 
 
-def test_projection_and_classifier_are_blind_to_fold_10(run_to_fusion):
-    def garbage(folds, signals, labels):
-        signals[folds == 10] = np.random.default_rng(1).normal(size=signals[folds == 10].shape) * 1e3
-        labels[folds == 10] = 1 - labels[folds == 10]
+# ---- The stage itself
 
-    prep, clean = run_to_fusion("clean")
-    _, poisoned = run_to_fusion("poisoned", garbage)
-    a, b = (torch.load(run / "rhythm/classifier.pt", weights_only=True) for run in (clean, poisoned))
-    for k in ("W", "b", "mean", "std"):
-        assert torch.equal(a[k], b[k]), k
-    assert a["meta"]["strength"] == b["meta"]["strength"] and a["meta"]["path"] == b["meta"]["path"]
-    p, q = (json.loads((run / "rhythm/prototypes.json").read_text()) for run in (clean, poisoned))
-    for k in ("prototypes", "gap", "val_auroc_before", "val_auroc_after"):
-        assert p[k] == q[k], k
-    la, lb = (np.load(run / "logits_rhythm.npy") for run in (clean, poisoned))
-    of = prep.folds[prep.folds >= 9]
-    modelled = common.columns(a["meta"]["classes"])
-    assert np.array_equal(la[of == 9], lb[of == 9], equal_nan=True)
-    assert not np.isclose(la[of == 10][:, modelled], lb[of == 10][:, modelled]).any()  # the poison did arrive
-    assert np.isnan(np.delete(la, modelled, 1)).all()
+FLAGS = ["--device", "cpu", "--threads", 1]
 
 
-def test_a_classifier_that_is_not_solved_says_so(run_to_fusion, monkeypatch, capsys):
-    f4, solved = stage("04_fusion"), stage("04_fusion").fit
-    monkeypatch.setattr(f4, "fit", lambda *a, **k: (*solved(*a, **k)[:2], 0.5))
-    _, run = run_to_fusion("unsolved")
-    assert "WARNING: rhythm: Eq. (10) is not solved" in capsys.readouterr().err
-    for found in (json.loads((run / "predictions.json").read_text())["models"]["rhythm"],
-                  json.loads((run / "rhythm" / "classifier.json").read_text())):
-        assert "is not solved" in found["warnings"][0]
+def classifier(run, name):
+    return torch.load(run / "classifiers" / f"{name}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("own_patient", [False, True])
-def test_whether_own_patients_count_is_a_setting(tiny_prep, tmp_path, monkeypatch, own_patient):
-    """The classifier does not change with what prototypes' own patients score, unless the setting says they count."""
-    prep, folders = tiny_prep(), ("--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu")
-    write_joint(tmp_path / "run", prep, own_patient=own_patient)
-    run_stage(monkeypatch, "03_project", *folders)
-    found = json.loads((tmp_path / "run/rhythm/prototypes.json").read_text())["prototypes"]
-    net, _ = common.load_model(tmp_path / "run/rhythm/projected.pt", "")
-    rows = [prep.row_of[q["ecg_id"]] for q in found]
-    assert net.p_patient.tolist() == ([-1] * len(rows) if own_patient else prep.patient_ids[rows].tolist())
-
-    seen, fit_path = [], fusion.fit_path
-    monkeypatch.setattr(fusion, "fit_path", lambda X, *a: (seen.append(X), fit_path(X, *a))[1])
-    run_stage(monkeypatch, "04_fusion", *folders)
-    at = [np.flatnonzero(prep.train).tolist().index(r) for r in rows], range(len(rows))
-    assert ((seen[0][at] == 0) != own_patient).all() and (seen[0] == 0).sum() == (0 if own_patient else len(rows))
+def later_rows(prep):
+    return np.flatnonzero(prep.val | prep.test)
 
 
-def test_whole_fusion_of_three_branches(run_to_fusion, capsys):
-    """Artifacts of 04 agree with each other: logits = standardised scores times W + b, Eq. (9), own-class fusion."""
-    prep, run = run_to_fusion("all", models=common.BRANCHES)
-    later = np.flatnonzero(prep.folds >= 9)
-    scores = [np.load(run / m / "scores.npy") for m in common.BRANCHES]
-    scores = np.concatenate(scores, 1).astype(np.float64)                                                      # Eq. (9)
-    prototypes = sum((json.loads((run / m / "prototypes.json").read_text())["prototypes"] for m in common.BRANCHES), [])
-    assert scores.shape == (60, len(prototypes))
-    models = [common.load_model(run / m / "projected.pt", "03_project.py")[0] for m in common.BRANCHES]
-    direct = torch.cat([common.batched(lambda x: m(x)[1], prep, np.arange(60), "cpu") for m in models], 1)
-    np.testing.assert_allclose(scores, direct, atol=1e-5)
-    for name in ("fusion", "fusion-own"):
-        saved = torch.load(run / f"{name}.pt", weights_only=True)
-        assert saved["meta"]["config"].keys() == {*common.BRANCHES}  # branches may differ
-        classes, W, b = saved["meta"]["classes"], saved["W"].numpy(), saved["b"].numpy()
-        assert classes == sorted(classes, key=CODES.index)
-        logits = (scores[later] - saved["mean"].numpy()) / saved["std"].numpy() @ W.T + b
-        got = np.load(run / f"logits_{name}.npy")
-        np.testing.assert_allclose(got[:, common.columns(classes)], logits, atol=1e-3, rtol=1e-3)
-        probabilities = np.load(run / f"probabilities_{name}.npy")
-        np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-got.astype(np.float64))), atol=1e-6)
-        off = np.array([[q["class"] != c for q in prototypes] for c in classes])
-        assert (W[off] == 0).all() == (name == "fusion-own")
-
-        # optimal for its data: the training records' scores, without those of records against their own prototype
-        X = (scores - saved["mean"].numpy()) / saved["std"].numpy()
-        row = {int(e): i for i, e in enumerate(prep.ecg_ids)}
-        for p, q in enumerate(prototypes):
-            X[row[q["ecg_id"]], p] = 0
-        Y = prep.labels[prep.train][:, common.columns(classes)].astype(float)
-        strength = saved["meta"]["strength"] * Y.std(0) if name == "fusion" else np.inf
-        check_optimal(X[prep.train], Y, off, strength, W, b, within=1e-4)
-
-    macro, branch = np.load(run / "logits_macro.npy"), [np.load(run / f"logits_{m}.npy") for m in common.BRANCHES]
-    for m, logits in zip(common.BRANCHES, branch):  # each label from its own branch
-        columns = common.columns([c for c in common.GROUPS[m] if not np.isnan(logits[:, CODES.index(c)]).any()])
-        np.testing.assert_array_equal(macro[:, columns], logits[:, columns])
-    assert np.isnan(macro).all(0).sum() == 71 - len(classes)
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{run}: fold-9 macro-AUROC fusion ")
-
-
-def test_what_projection_costs_is_measured_on_both_models(run_to_fusion):
-    """Logits of Stage 1's heads are the saved models'; "unprojected" is Eq. (10) on the scores before Stage 2."""
-    prep, run = run_to_fusion("cost")
-    later = np.flatnonzero(prep.folds >= 9)
-    joint, projected = (common.load_model(run / f"rhythm/{name}.pt", "")[0] for name in ("joint", "projected"))
-    own = common.columns(joint.classes)
-    for name, net in (("joint", joint), ("projected", projected)):
-        wanted = common.batched(lambda x: net(x)[0], prep, later, "cpu").numpy()
-        np.testing.assert_allclose(np.load(run / f"logits_rhythm-{name}.npy")[:, own], wanted, atol=1e-5)
-    scores = common.batched(lambda x: joint(x)[1], prep, np.arange(60), "cpu").numpy()
-    strength = torch.load(run / "rhythm/classifier.pt", weights_only=True)["meta"]["strength"]
-    X, _, X_later, _, _ = fusion.standardise(scores, prep, projected.p_patient.numpy())
-    Y = prep.labels[prep.train][:, own].astype(float)
-    off = np.array([[joint.classes[k] != c for k in joint.p_class] for c in joint.classes])
-    W, b, _ = fusion.fit(X, Y, off, fusion.lambda_of(strength, Y, "default"))
-    unprojected, final = (np.load(run / f"logits_rhythm{end}.npy")[:, own] for end in ("-unprojected", ""))
-    np.testing.assert_allclose(unprojected, X_later @ W.T + b, atol=2e-3)
-    assert np.abs(unprojected - final).max() > 0.05
-
-
-def test_a_branch_that_fold_9_cannot_judge(run_to_fusion):
-    """No fold-9 record with the branch's labels (a small data set): its AUROC is undefined, and that is no crash."""
-    def none_in_fold_9(folds, signals, labels):
-        labels[folds == 9] = 0
-
-    _, run = run_to_fusion("unjudged", none_in_fold_9)
-    saved = torch.load(run / "rhythm/classifier.pt", weights_only=True)
-    assert saved["meta"]["strength"] == fusion.STRENGTHS["default"][0]
-    assert json.loads((run / "predictions.json").read_text())["models"]["rhythm"]["val_auroc"] is None
-
-
-def test_a_model_that_has_gone_leaves_no_prediction(run_to_fusion, tmp_path, monkeypatch):
-    _, run = run_to_fusion("gone", models=("rhythm", "global"))
-    assert "global" in json.loads((run / "predictions.json").read_text())["models"]
-    shutil.rmtree(run / "global")
-    run_stage(monkeypatch, "04_fusion", "--prep", tmp_path / "prep-gone", "--run", run, "--device", "cpu")
-    left = json.loads((run / "predictions.json").read_text())["models"]
-    assert {*left} == {"rhythm", "rhythm-joint", "rhythm-projected", "rhythm-unprojected"}
-
-
-def test_a_model_trained_again_leaves_no_fusion_of_what_it_was(run_to_fusion, tmp_path, monkeypatch):
-    prep, run = run_to_fusion("again", models=common.BRANCHES)
-    write_joint(run, prep, "rhythm", seed=1)
-    folders = ("--prep", tmp_path / "prep-again", "--run", run, "--device", "cpu", "--model", "rhythm")
-    for name in ("03_project", "04_fusion"):
-        run_stage(monkeypatch, name, *folders)
-    left = json.loads((run / "predictions.json").read_text())["models"]
-    assert {"rhythm", "global"} <= {*left} and not {"fusion", "fusion-own"} & {*left}
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0, "inputs": 1}'])
-def test_damaged_predictions_are_written_anew(run_to_fusion, tmp_path, monkeypatch, text):
-    """05's remedy for them is 04."""
-    name = f"damaged{len(text)}"
-    _, run = run_to_fusion(name)
-    before = (run / "predictions.json").read_bytes()
-    (run / "predictions.json").write_text(text)
-    run_stage(monkeypatch, "04_fusion", "--prep", tmp_path / f"prep-{name}", "--run", run, "--device", "cpu")
-    assert (run / "predictions.json").read_bytes() == before
-
-
-def test_fusion_refuses_prototypes_of_another_training(run_to_fusion, monkeypatch, capsys):
-    prep, run = run_to_fusion("stale")
-    write_joint(run, prep, "rhythm", seed=1)  # trained again, not projected again
-    folders = ("--prep", prep.path.parent, "--run", run, "--device", "cpu")
-    with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "04_fusion", *folders)
-    assert "projected.pt" in sentence(e) and "03_project.py --model rhythm" in sentence(e)
-    run_stage(monkeypatch, "04_fusion", *folders, "--force")
-    assert "WARNING" in capsys.readouterr().err
-
-
-def test_fusion_of_two_recipes_is_refused(run_to_fusion, tiny_prep, tmp_path, monkeypatch):
+def test_whole_fusion_of_three_branches(tiny_prep, tmp_path, monkeypatch):
+    """Logits are W X + b on standardised similarities; the fusion has all branches' prototypes; own has own weights."""
     prep = tiny_prep()
-    for model in ("rhythm", "morphology", "global"):
-        write_joint(tmp_path / "run", prep, model, recipe="paper" if model == "rhythm" else "default")
-    folders = ("--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu")
-    run_stage(monkeypatch, "03_project", *folders)
-    with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "04_fusion", *folders)
-    assert "branches of both recipes" in sentence(e)
+    run = write_run(monkeypatch, tmp_path / "run", prep)
+    heads = common.load_run(run, ["fusion", "fusion-own", "rhythm"])
+    x = torch.from_numpy(np.array(prep.signals[later_rows(prep)]))
+    for head in heads:
+        saved = classifier(run, head.name)
+        X = (common.similarities(head, x) - head.mean) / head.std
+        own = common.columns(head.classes)
+        np.testing.assert_allclose(saved["logits"].numpy()[:, own], X @ head.W.T + head.b, atol=1e-3)
+        rest = np.setdiff1d(np.arange(71), own)
+        assert np.isnan(saved["logits"].numpy()[:, rest]).all()
+        on_val = prep.val[later_rows(prep)]
+        y, logits = prep.labels[prep.val][:, own], saved["logits"].numpy()[on_val][:, own]
+        assert saved["meta"]["val_auroc"] == pytest.approx(common.macro_auroc(y, logits))
+        np.testing.assert_array_equal(head.thresholds, fusion.thresholds_of(y, logits))
+        assert saved["meta"]["nonzero"] == (head.W != 0).sum() and saved["meta"]["weights"] == head.W.size
+    p_code = np.array([q["class"] for q in heads[1].prototypes])
+    assert (heads[1].W[p_code != np.array(heads[1].classes)[:, None]] == 0).all()
+    assert heads[0].classes == [c for c in common.CODES if prep.info["training_positives"][c]]
+    scores = common.similarities(heads[0], torch.from_numpy(np.array(prep.signals[prep.train])))
+    np.testing.assert_allclose(heads[0].mean, scores.mean(0), atol=1e-5)
 
 
-def test_fusion_without_projection_gives_one_sentence(tiny_prep, tmp_path, monkeypatch):
+def test_steps_on_the_way(tiny_prep, tmp_path, monkeypatch):
+    """-joint and -projected are Stage 1's head on the prototypes before and after projection; macro is its branches."""
     prep = tiny_prep()
-    folders = ("--prep", tmp_path / "prep", "--run", tmp_path / "run", "--device", "cpu")
+    run = write_run(monkeypatch, tmp_path / "run", prep)
+    x = torch.from_numpy(np.array(prep.signals[later_rows(prep)]))
+    for step in ("joint", "projected"):
+        net, _ = common.load_model(run / "rhythm" / f"{step}.pt", "", arguments(run))
+        with torch.no_grad():
+            want = net(x)[0]
+        got = classifier(run, f"rhythm-{step}")["logits"][:, common.columns(net.classes)]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    macro = classifier(run, "macro")
+    for branch in common.BRANCHES:
+        own = common.columns(classifier(run, branch)["meta"]["classes"])
+        assert torch.equal(macro["logits"][:, own], classifier(run, branch)["logits"][:, own])
+    assert classifier(run, "fusion-unprojected")["W"].shape == classifier(run, "fusion")["W"].shape
+
+
+def test_black_boxes_keep_their_own_logits(tiny_prep, tmp_path, monkeypatch):
+    prep = tiny_prep()
+    run = tmp_path / "run"
+    for box in [b for b in common.BOXES if b != "blackbox-2d"]:
+        write_joint(run, prep, box)
+    run_stage(monkeypatch, "04_fusion", "--run", run, "--prep", tmp_path / "prep", *FLAGS)
+    net, _ = common.load_model(run / "blackbox-1d/joint.pt", "", arguments(run))
+    with torch.no_grad():
+        want = net(torch.from_numpy(np.array(prep.signals[later_rows(prep)])))[0]
+    got = classifier(run, "blackbox-1d")["logits"][:, common.columns(net.classes)]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert classifier(run, "blackbox-macro")["meta"]["branches"] == []
+
+
+def test_projection_and_classifier_are_blind_to_fold_10(tiny_prep, tmp_path, monkeypatch):
+    """Fold 10 replaced by garbage: prototypes, weights, strength, thresholds and fold-9 logits stay the same."""
+    clean = tiny_prep()
+    signals, labels = np.array(clean.signals), np.array(clean.labels)
+    signals[clean.test], labels[clean.test] = 50, 1 - labels[clean.test]
+    tiny_prep("poisoned")
+    poisoned = change_prep(tmp_path / "poisoned", signals=signals, labels=labels)
+    a, b = (write_run(monkeypatch, tmp_path / f"run{i}", p) for i, p in enumerate((clean, poisoned)))
+    for branch in common.BRANCHES:
+        same = [torch.load(r / branch / "projected.pt", weights_only=True)["state"] for r in (a, b)]
+        assert all(torch.equal(same[0][k], same[1][k]) for k in same[0])
+    for name in ("fusion", "fusion-own", "rhythm", "morphology"):
+        one, two = classifier(a, name), classifier(b, name)
+        for k in ("W", "b", "mean", "std", "thresholds"):
+            assert torch.equal(one[k], two[k]), (name, k)
+        assert one["meta"]["strength"] == two["meta"]["strength"]
+        on_val = clean.val[later_rows(clean)]
+        np.testing.assert_array_equal(one["logits"][on_val], two["logits"][on_val])
+
+
+def test_fusion_of_two_recipes_is_refused(tiny_prep, tmp_path, monkeypatch):
+    prep = tiny_prep()
+    for branch in common.BRANCHES:
+        write_joint(tmp_path / "run", prep, branch, recipe="paper" if branch == "global" else "default")
+    flags = ["--run", tmp_path / "run", "--prep", tmp_path / "prep", *FLAGS]
+    run_stage(monkeypatch, "03_project", *flags)
     with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "04_fusion", *folders)
-    assert "02_train_joint.py" in sentence(e)
-    write_joint(tmp_path / "run", prep, "rhythm")
-    with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "04_fusion", *folders)
-    assert "projected.pt" in sentence(e) and "03_project.py --model rhythm" in sentence(e)
-    with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "04_fusion", *folders, "--model", "blackbox-1d")
-    assert "joint.pt" in sentence(e) and "02_train_joint.py --model blackbox-1d" in sentence(e)
+        run_stage(monkeypatch, "04_fusion", *flags)
+    assert "both recipes" in sentence(e)
