@@ -461,8 +461,8 @@ def plot_training(run, names):
         for term, colour in zip(("bce", "clst", "sep", "div", "cntrst"),
                                 (BLUE, ORANGE, GREEN, "#CC79A7", "black")):
             values = np.array([e.get(term, np.nan) for e in later])
-            column[1].plot([e["epoch"] for e in later], values / np.abs(values).max(),
-                           color=colour, label=term)
+            largest = np.abs(values).max(initial=1e-12)
+            column[1].plot([e["epoch"] for e in later], values / largest, color=colour, label=term)
         column[1].set(xlabel="epoch")
         if i == 0:
             column[0].set(ylabel="macro-AUROC, fold 9")

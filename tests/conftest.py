@@ -1,4 +1,5 @@
-"""What the test files share: the repository on the import path, `stage`, small PREP and RUN folders, and a browser."""
+"""What the test files share: the repository on the import path, `stage`, small PREP and RUN folders,
+a browser."""
 import importlib
 import json
 import os
@@ -71,7 +72,7 @@ def arguments(run=None, prep=None, **more):
 
 
 def save_prep(folder, arrays):
-    """Write arrays {signals, labels, folds, ecg_ids, patient_ids} and preprocess.json as 01 does."""
+    """Write arrays {signals, labels, folds, ecg_ids, patient_ids} and preprocess.json, as 01."""
     for name, array in arrays.items():
         common.save(folder / f"{name}.npy", array)
     labels, folds = arrays["labels"], arrays["folds"]
