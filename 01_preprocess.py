@@ -79,7 +79,7 @@ def usable(args, table, skipped):
 
 
 def write_signals(path, records):
-    """Filter `records` into a .npy float32 [N, 12, 1000] mV; returns what it finds."""
+    """Filter `records` into a .npy float32 [N, 12, 1000] mV; returns what it finds on the way."""
     scaler, flat, saturated = StandardScaler(), [], []
     with open(path, "wb") as f:
         f.seek(128)  # the header comes last
@@ -96,8 +96,7 @@ def write_signals(path, records):
         header = {"descr": "<f4", "fortran_order": False, "shape": (N, 12, 1000)}
         f.seek(0)
         np.lib.format.write_array_header_1_0(f, header)
-    scaler = {"mean": scaler.mean_.tolist(), "std": scaler.scale_.tolist()}
-    return {"scaler": scaler, "flat_leads": flat, "saturated": saturated}
+    return scaler, flat, saturated
 
 
 def jaccard(labels):
@@ -119,11 +118,11 @@ def main():
         sys.exit(f"{args.data}: {e}: run 00_download.py, or use --data")
     args.prep.mkdir(parents=True, exist_ok=True)
     signals, skipped = args.prep / ".signals.npy.tmp", []
-    info = write_signals(signals, usable(args, table, skipped))
+    scaler, flat, saturated = write_signals(signals, usable(args, table, skipped))
     table = table[~table["ecg_ids"].isin([s["ecg_id"] for s in skipped])]
     sizes = np.histogram(table["folds"], [1, 9, 10, 11])[0].tolist()
     if 0 in sizes:
-        sys.exit(f"{len(table)} records are too few: a part of the three is empty")
+        sys.exit(f"{args.data}: {len(table)} records are too few: a part is empty: {sizes}")
     (args.prep / "preprocess.json").unlink(missing_ok=True)  # until all is new
     signals.replace(args.prep / "signals.npy")
     labels = [[f"'{c}'" in codes for c in CODES] for codes in table["scp_codes"]]
@@ -135,12 +134,13 @@ def main():
     train = arrays["labels"][table["folds"] <= 8]
     positives = dict(zip(CODES, train.sum(0).tolist()))
     common.save(args.prep / "preprocess.json", {
-        **common.provenance(args), **info, "skipped": skipped, "records": len(table),
-        "sizes": dict(zip(["train", "validation", "test"], sizes)), "shapes": shapes,
+        **common.provenance(args), "records": len(table), "shapes": shapes,
+        "sizes": dict(zip(["train", "validation", "test"], sizes)), "skipped": skipped,
         "codes": CODES, "descriptions": described, "training_positives": positives,
         "without_training_record": [c for c in CODES if not positives[c]],
         "filter": "Butterworth high-pass, order 1, 0.5 Hz, forwards and backwards",
-        "jaccard": jaccard(train).round(6).tolist(),
+        "scaler": {"mean": scaler.mean_.tolist(), "std": scaler.scale_.tolist()},
+        "jaccard": jaccard(train).round(6).tolist(), "flat_leads": flat, "saturated": saturated,
         "sha256": {n: common.file_hash(args.prep / f"{n}.npy") for n in shapes},
         "tables": {n: common.file_hash(args.data / n) for n in TABLES}})
     print(f"{args.prep}: {len(table):,} records (folds 1-8, 9, 10: {sizes})")

@@ -141,8 +141,8 @@ def load_predictions(run, prep, args):
         if wanted:
             found[meta["name"]] = SimpleNamespace(
                 meta=meta, val=logits[~on_test], test=logits[on_test], thresholds=thresholds)
-    if not found:
-        sys.exit(f"{run} has no predictions of {' '.join(args.model)}: run 04_fusion.py first")
+    if all(name.endswith(STEPS) for name in found):
+        sys.exit(f"{run} has no predictions of what is asked for: run 04_fusion.py first")
     return {n: found[n] for n in sorted(found, key=[*ORDER, *found].index)}
 
 
@@ -357,8 +357,8 @@ def report(m):
         "## Headline", headline(m),
         "Macro-AUROC of the logits on the whole of fold 10 at once. Intervals: 95 % percentiles of "
         f"{DRAWS:,} bootstrap draws by patient, the same for all; a draw moves a macro mean by "
-        f"what it moves the classes that it has. {RARE}+ positives: over the classes with so many in "
-        "fold 10. F1: at the logit with the best F1 on fold 9, or at 0 for labels that are rare "
+        f"what it moves the classes that it has. {RARE}+ positives: over the classes with so many "
+        "in fold 10. F1: at the logit with the best F1 on fold 9, or at 0 for labels that are rare "
         "there. Fold 9: the fold that all choices were made on.",
         f"\\* as the authors log it: the mean over batches of {BATCH} of the AUROC over the "
         "classes that occur in the batch.",

@@ -393,8 +393,8 @@ function draw({w, h, boxes, traces, texts}) {
   for (const [x, y, size, text] of texts) make(svg, "text", {x, y, "font-size": size}, text);
 }
 const rating = q => ratings[q.id] ?? {class: q.class, ...empty};
-const done = q => rating(q).mark === "label-error"
-  || rating(q).representativeness && rating(q).clarity;
+const scored = r => r.mark === "label-error" || r.representativeness && r.clarity;
+const done = q => scored(rating(q));
 function change(name, value) {  // the same choice once more takes it back
   const q = items[at], r = rating(q);
   ratings[q.id] = {...r, [name]: r[name] === value ? null : value};
@@ -416,10 +416,10 @@ function go(i) {
   items[at].scenes.forEach(draw);
   show();
 }
-const first = found => found && go(items.indexOf(found));
+const jump = wanted => wanted && go(items.indexOf(wanted));
 const actions = {
   previous: () => go(at - 1), next: () => go(at + 1),
-  unrated: () => first([...items.slice(at + 1), ...items].find(q => !done(q))),
+  unrated: () => jump([...items.slice(at + 1), ...items].find(q => !done(q))),
   anew: () => {
     if (confirm("Forget the ratings kept in this browser? Export them first.")) ratings = {};
     show();
@@ -428,7 +428,7 @@ const actions = {
     const reviewer = prompt("Your name, as the reviewer?");
     if (!reviewer) return;
     const out = {format: 1, kind: "protoecgnet-ratings", reviewer, run, made, ratings};
-    const href = URL.createObjectURL(new Blob([JSON.stringify(out, null, 1)]));
+    const href = URL.createObjectURL(new Blob([JSON.stringify(out)]));
     make(document.body, "a", {download: `ratings_${reviewer}.json`, href}).click();
   },
 };
@@ -437,12 +437,13 @@ for (const c of new Set(items.map(q => q.class))) make($("class"), "option", {va
 for (const name in choices) for (const value of choices[name])
   make($(name), "button", {}, value).onclick = () => change(name, value);
 $("class").onchange = ({target}) => {
-  first(items.find(q => q.class === target.value));
+  jump(items.find(q => q.class === target.value));
   target.blur();  // back to the keys
 };
 $("comment").oninput = e => change("comment", e.target.value);
-$("file").onchange = async e => {
-  const found = JSON.parse(await e.target.files[0].text());
+$("file").onchange = async ({target}) => {
+  const found = await target.files[0].text().then(JSON.parse).catch(() => ({}));
+  target.value = "";  // so that the same file can be chosen again
   if (found.kind !== "protoecgnet-ratings" || String(found.made) !== String(made))
     return alert("This file does not hold ratings of these prototypes.");
   Object.assign(ratings, found.ratings);

@@ -1,5 +1,5 @@
-"""What the test files share: the repository on the import path, `stage`, small PREP and RUN folders,
-a browser."""
+"""What the test files share: the repository on the import path, `stage`, small PREP and RUN
+folders, and a browser."""
 import importlib
 import json
 import os

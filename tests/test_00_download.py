@@ -7,8 +7,6 @@ import posixpath
 import random
 import shutil
 import signal
-import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -19,11 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PTBXL, ROOT, needs_ptbxl, run_stage, sentence, stage
+from conftest import PTBXL, needs_ptbxl, run_stage, sentence, stage
 from hypothesis import given
 from hypothesis import strategies as st
 
 download = stage("00_download")
+MIRRORS = list(download.MIRRORS)
 SUMS, RECORD = "SHA256SUMS.txt", "records100/00000/00007_lr.dat"
 
 
@@ -37,7 +36,8 @@ def sums_of(files):
 def data_set(pairs, size=2400):
     """{name: bytes} in the shape of PTB-XL; its SHA256SUMS.txt lists files that no stage reads."""
     rng = random.Random(7)
-    wanted = {"ptbxl_database.csv": rng.randbytes(9000), "scp_statements.csv": rng.randbytes(900)}
+    tables = ("ptbxl_database.csv", "scp_statements.csv")
+    wanted = {name: rng.randbytes(4500).hex().encode() for name in tables}
     for i in range(1, pairs + 1):
         name = f"records100/{i // 100 * 100:05d}/{i:05d}_lr"
         wanted |= {f"{name}.dat": rng.randbytes(size), f"{name}.hea": rng.randbytes(60)}
@@ -89,15 +89,12 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
-    def __init__(self, files, tls=None):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        if tls:
-            self.socket = tls.wrap_socket(self.socket, server_side=True)
-        self.files, self.faults, self.always, self.delay = files, {}, iter(()), 0
+        self.files, self.faults, self.always, self.delay = {}, {}, iter(()), 0
         self.asked, self.connections = Counter(), 0
         self.lock, self.closing = threading.Lock(), threading.Event()
-        scheme = "https" if tls else "http"
-        self.base = f"{scheme}://127.0.0.1:{self.server_address[1]}/base/"
+        self.base = f"http://127.0.0.1:{self.server_address[1]}/base/"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, *args):  # clients that hang up are part of the tests
@@ -112,7 +109,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def world(tmp_path, monkeypatch, capsys):
     """Two mirrors `a` and `b` of 20 records, short waits, and ways to run the stage."""
-    w = SimpleNamespace(folder=tmp_path / "data" / "ptbxl", a=Server({}), b=Server({}))
+    w = SimpleNamespace(folder=tmp_path / "data" / "ptbxl", a=Server(), b=Server())
 
     def use(files):
         w.files = w.a.files = w.b.files = files
@@ -163,8 +160,8 @@ def test_download_is_complete_byte_identical_and_keeps_connections(world):
     assert world.a.connections <= download.CONNECTIONS + 1
 
 
-@pytest.mark.parametrize("name", [RECORD, SUMS])
-@pytest.mark.parametrize("fault", ["drop", 500, 503, 429, 408, "short", "stall", "chunked"])
+@pytest.mark.parametrize("name", [RECORD, "ptbxl_database.csv"])
+@pytest.mark.parametrize("fault", ["drop", 500, 503, 429, 408, "short", "stall", "flip", "chunked"])
 def test_fault_that_passes(world, monkeypatch, fault, name):
     monkeypatch.setattr(download, "TIMEOUT", 0.5)
     world.a.faults[name] = iter([fault])
@@ -179,13 +176,6 @@ def test_fault_that_stays_is_left_to_the_other_mirror(world, fault):
     world.run("--data", world.folder)
     assert tree(world.folder) == world.files and world.b.asked[RECORD] == 1
     assert world.a.asked[RECORD] <= 8  # two requests of four tries
-
-
-def test_wrong_checksum_is_fetched_again(world):
-    world.a.faults[RECORD] = iter(["flip"])
-    world.run("--data", world.folder)
-    assert tree(world.folder) == world.files
-    assert world.a.asked[RECORD] == 2 and not world.b.asked
 
 
 def test_dead_mirror_is_asked_last(world, monkeypatch):
@@ -259,7 +249,8 @@ def run_slowly(constants, argv):
 
 def start(world, **constants):
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["conftest", "wfdb", "requests"])
+    processes.set_forkserver_preload(["torch", "scipy.signal", "scipy.stats", "requests", "tqdm",
+                                      "pytest", "hypothesis.strategies", "threadpoolctl"])
     constants = {"MIRRORS": [world.a.base], "FILES": download.FILES, **constants}
     p = processes.Process(target=run_slowly, args=(constants, ["--data", str(world.folder)]))
     p.start()
@@ -289,7 +280,7 @@ def test_killed_at_any_moment_and_resumed(world):
         whole = {name for name in now if not name.endswith(".tmp")}
         assert all(now[name] == world.files[name] for name in whole)
         assert not before & whole & set(world.a.asked)  # what was whole is not fetched again
-        if len(met) > 5:
+        if len(met) > 2:
             break
     assert met  # a kill did leave a half-written file behind
     world.run("--data", world.folder)
@@ -319,8 +310,6 @@ def test_full_disk(world, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     message, _ = world.refused("--data", world.folder)
     assert "No space left on device" in message and "00007" in message
-    time.sleep(0.2)  # other threads may be writing
-    assert all(world.files[n] == b for n, b in tree(world.folder).items())
 
 
 # ---- SHA256SUMS.txt and --check
@@ -350,11 +339,9 @@ def test_an_accepted_name_stays_inside_the_folder(text):
 @pytest.mark.parametrize("damage", [
     lambda s: s[:-30], lambda s: s.replace(b" ptbxl_database.csv", b" other.csv"),
     lambda s: b"\n".join(s.splitlines()[:5]), lambda s: b"<html>", lambda s: b"",
-    lambda s: b"\xff\xfe" + s, lambda s: s.replace(b"lr.dat", b"lr.DAT", 1)])
+    lambda s: b"\xff\xfe", lambda s: s.replace(b"lr.dat", b"lr.DAT", 1)])
 def test_damaged_list(world, damage):
     world.use({**world.files, SUMS: damage(world.files[SUMS])})
-    if download.FILES and world.files[SUMS].startswith(b"\xff"):
-        world.files[SUMS] = world.files[SUMS].replace(b"LICENSE.txt", b"RECORDS")
     message, _ = world.refused("--data", world.folder)
     assert SUMS in message and "delete it" in message
     assert set(world.a.asked) == {SUMS}
@@ -375,50 +362,18 @@ def test_check_lists_missing_altered_and_extra(world):
 
 
 def test_check_without_a_list(world):
-    put(world.folder, {n: b for n, b in world.files.items() if n != SUMS})
-    message, _ = world.refused("--check", "--data", world.folder)
-    assert f"{SUMS} is missing" in message and not world.a.asked
+    assert f"{SUMS} is missing" in world.refused("--check", "--data", world.folder)[0]
+    assert not world.a.asked
 
 
-# ---- https
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A self-signed certificate for the address 127.0.0.1."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs the openssl command")
-    key = tmp_path_factory.mktemp("tls") / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    subprocess.run([*command.split(), "-keyout", key, "-out", key.with_name("certificate.pem"),
-                    "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"],
-                   check=True, capture_output=True)
-    return key.with_name("certificate.pem"), key
-
-
-def test_certificates_are_checked(world, monkeypatch, certificate):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    server = Server(world.files, context)
-    monkeypatch.setattr(download, "MIRRORS", [server.base])
-    message, _ = world.refused("--data", world.folder)
-    assert "SSL" in message and not tree(world.folder.parent)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[0]))
-    world.run("--data", world.folder)
-    server.stop()
-    assert tree(world.folder) == world.files
-
+# ---- --imagenet, --synthetic, --demo, the command line
 
 def test_only_https_leaves_this_machine(world, monkeypatch):
-    assert all(url.startswith("https://") for url in [download.TORCHVISION, *REAL_MIRRORS])
+    assert all(url.startswith("https://") for url in [download.TORCHVISION, *MIRRORS])
     for url in ("http://localhost:9/", "http://127.0.0.1.example.org/", "ftp://127.0.0.1/"):
         monkeypatch.setattr(download, "MIRRORS", [url])
         assert "No connection adapters" in world.refused("--data", world.folder)[0]
 
-
-REAL_MIRRORS = list(download.MIRRORS)
-
-
-# ---- --imagenet, --synthetic, --demo, the command line
 
 def test_imagenet(world, monkeypatch):
     weights = random.Random(1).randbytes(200_000)
@@ -455,15 +410,15 @@ def test_synthetic_is_written_mended_and_never_mixed(world):
 
 
 def test_demo_is_600_synthetic_records(world, monkeypatch):
+    asked = []
+
     def write_dataset(folder, n, progress):
-        files = {"ptbxl_database.csv": b"SYNTHETIC", "scp_statements.csv": b""}
-        ends = [f"{i:05d}_lr.{end}" for i in range(n) for end in ("dat", "hea")]
-        files |= {f"records100/00000/{end}": b"" for end in ends}
-        put(folder, {**files, SUMS: sums_of(files)})
+        asked.append((folder, n))
+        put(folder, world.files)
 
     monkeypatch.setitem(sys.modules, "synthetic", SimpleNamespace(write_dataset=write_dataset))
-    assert world.run("--demo") == "data/demo: 1,202 files complete and verified"
-    assert world.run("--demo", "--check") == "data/demo: 1,202 files complete and verified"
+    assert world.run("--demo") == world.run("--demo", "--check")
+    assert asked == [(Path("data/demo"), 600)]
 
 
 @pytest.mark.parametrize("flags", [["--synthetic", "0"], ["--synthetic", "x"], ["--nonsense"]])
@@ -471,14 +426,6 @@ def test_usage_errors(monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as e:
         run_stage(monkeypatch, "00_download", *flags)
     assert e.value.code == 2 and "usage" in capsys.readouterr().err
-
-
-def test_help():
-    done = subprocess.run([sys.executable, ROOT / "00_download.py", "--help"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) < 60
-    for text in ("--check", "--imagenet", "--synthetic", "--data", "Last line", "minutes"):
-        assert text in done.stdout
 
 
 @needs_ptbxl
