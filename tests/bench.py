@@ -1,22 +1,15 @@
-"""How fast every stage is on this machine: each is run as its user runs it, in a run folder of its own. Epochs of the
-default recipe's networks are also timed by themselves: the training pass and fold 9 alone, and then the whole epoch of
-the recipe, after which it projects the prototypes and solves the head.
+"""How fast every stage is on this machine, each run as its user runs it, and what a trained model asks of it.
 
-    python tests/bench.py                                       the real data in data/ptbxl, the default width
-    python tests/bench.py --synthetic 2000 --width 16           without real data
-    python tests/bench.py --save cpu                            also keep the numbers as tests/results/bench/cpu.json
-    python tests/bench.py --readme                              only write the README's table from tests/results/bench/
+    python tests/bench.py --save NAME                 the real data in data/ptbxl; keeps tests/results/bench/NAME.json
+    python tests/bench.py --synthetic 2000 --width 16 without real data
 
-Seconds are wall-clock of the whole process (import of torch included), for an epoch those that 02 prints for the last
-of --epochs epochs (fold 9 included, whose FLOP are not counted). FLOP are counted by torch for forward and backward
-pass of the network; the peak is the best of six square matrix products in the type that training uses. Memory is the
-largest resident set of a process (of the first rhythm epoch: of the black box that it starts from), on a GPU what torch
-had allocated at most. Without --whole, 03 to 06 work on models that were trained for one epoch, and their black boxes
-for --epochs. Let nothing else run meanwhile.
+Seconds are of the whole process; of an epoch those that 02 prints for the last of --epochs epochs, fold 9, projection and
+the head's refit included. FLOP are counted by torch for forward and backward pass; the peak is the best of six square
+matrix products in the type that training uses. Latency: medians of 25 single ECGs, one thread, models in turn. When other
+programs took more than 5 % of the machine meanwhile, the row says "busy" in place of seconds.
 """
 import argparse
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -24,7 +17,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,151 +28,125 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
-HEAD = ["step", "seconds", "records/s", "GFLOP/s", "share of peak", "peak memory"]
+stage_2, stage_5 = (importlib.import_module(name) for name in ("02_train_joint", "05_evaluate"))
+HEAD = ["step", "seconds", "CPU seconds", "records/s", "share of peak", "peak memory, GiB"]
+
+
+def busy_seconds():
+    """CPU seconds that all programs of the machine have used so far."""
+    user, nice, system, _, _, irq, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def run(script, *flags):
-    """Run a stage to its end: (wall seconds, peak resident set in GiB, what it printed); exits if it fails."""
-    began = time.perf_counter()
+    """Run a stage to its end: (wall seconds or None if the machine was busy, CPU seconds, peak GiB, what it printed)."""
+    began, machine = time.perf_counter(), busy_seconds()
     with tempfile.TemporaryFile("w+") as out:
         child = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=out,
                                  stderr=subprocess.STDOUT, cwd=ROOT)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
         out.seek(0)
         text = out.read()
     if child.returncode:
         sys.exit(f"{script} failed:\n{text}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30, text
+    others = busy_seconds() - machine - cpu
+    idle = others < 0.05 * seconds * os.cpu_count()
+    return seconds if idle else None, cpu, usage.ru_maxrss / 2**20, text
 
 
-def matrix_peak(device, dtype):
+def matrix_peak(dtype):
     """FLOP/s of the best of six products of square matrices."""
-    n, best = (8192 if device.type == "cuda" else 2048), 0
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    n, best = 2048, 0
+    a = torch.randn(n, n, dtype=dtype)
     for _ in range(6):
         began = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         best = max(best, 2 * n**3 / (time.perf_counter() - began))
     return best
 
 
 def step_flop(model, width):
-    """FLOP of one training step per record: forward and backward pass of `model`, counted by torch."""
-    cfg = common.Config(width=width)
-    kind, group = common.MODELS[model]
+    """FLOP of one training step per record: forward and backward pass, counted by torch."""
+    cfg, (kind, group) = common.Config(width=width), common.MODELS[model]
     classes, n = common.GROUPS[group], 8
-    dim = len(common.GROUPS[common.MODELS[common.start_of(model, cfg)][1]])  # a latent for each class of the black box
-    each = [0 if kind == "blackbox" else cfg.per_class[list(common.WINDOW).index(kind)]] * len(classes)
-    net = common.BlackBox(classes, cfg) if kind == "blackbox" else common.ProtoECGNet(kind, classes, each, cfg,
-                                                                                      latent_dim=dim)
+    each = [cfg.per_class[list(common.WINDOW).index(kind)] if kind in common.WINDOW else 0] * len(classes)
+    net = common.BlackBox(classes, cfg) if kind == "blackbox" else common.ProtoECGNet(
+        kind, classes, each, cfg, latent_dim=71)
     with FlopCounterMode(display=False) as counter:
         net(torch.randn(n, 12, common.SAMPLES))[0].sum().backward()
     return counter.get_total_flops() / n
 
 
+@torch.inference_mode()
+def latencies(folder):
+    """Parameters, MB and milliseconds for one ECG of each model of a run, one thread, the models in turn."""
+    args = SimpleNamespace(run=folder, prep=None, device=torch.device("cpu"))
+    names = [m for m in common.MODELS if (folder / m / "joint.pt").is_file()]
+    nets = {m: common.load_model(folder / m / "joint.pt", "02_train_joint.py", args)[0] for m in names}
+    x, seconds = torch.randn(1, 12, common.SAMPLES), {m: [] for m in names}
+    torch.set_num_threads(1)
+    for _ in range(26):
+        for name, net in nets.items():
+            began = time.perf_counter()
+            net(x)
+            seconds[name].append(time.perf_counter() - began)
+    return [{"model": m, "parameters": sum(w.numel() for w in nets[m].parameters()),
+             "MB": round(sum(w.nbytes for w in nets[m].state_dict().values()) / 1e6, 2),
+             "ms": round(1000 * float(np.median(seconds[m][1:])), 2)} for m in names]
+
+
 def measure(args, work):
-    """All rows of the table, as a list of dicts, with the machine they are of."""
-    device = torch.device(args.device)
-    fast = importlib.import_module("02_train_joint").bfloat16_is_fast(device)
-    peak = matrix_peak(device, torch.bfloat16 if fast else torch.float32)
-    rows, data, prep = [], Path(args.data).resolve(), work / "prep"
-    shared = ["--data", data, "--prep", prep, "--device", args.device]
-    shared += ["--threads", args.threads] if args.threads else []
-
-    def add(step, seconds, memory, records=None, flop=None):
-        rate = flop and flop * records / seconds
-        rows.append({"step": step, "seconds": round(seconds, 2), "records/s": records and round(records / seconds),
-                     "GFLOP/s": rate and round(rate / 1e9, 1), "share of peak": rate and round(rate / peak, 3),
-                     "peak memory": f"{memory:.2f} GiB"})
-        print(" ".join(f"{k} {v}" for k, v in rows[-1].items() if v is not None), flush=True)
-
+    """All rows, with the machine that they are of."""
+    fast, data = stage_2.bfloat16_is_fast("cpu"), Path(args.data).resolve()
+    peak, rows, prep = matrix_peak(torch.bfloat16 if fast else torch.float32), [], work / "prep"
+    threads = ["--threads", args.threads] if args.threads else []
     if args.synthetic:
-        data = shared[1] = work / "data"
+        data = work / "data"
         run("00_download.py", "--synthetic", args.synthetic, "--data", data)
-    seconds, memory, _ = run("01_preprocess.py", *shared)
+
+    def add(step, seconds, cpu, memory, records=None, flop=None):
+        known = seconds and records
+        share = round(flop * records / seconds / peak, 3) if known and flop else None
+        rows.append(dict(zip(HEAD, [step, round(seconds, 1) if seconds else "busy", round(cpu, 1),
+                                    round(records / seconds) if known else None, share, round(memory, 2)])))
+        print(rows[-1], flush=True)
+
+    add("01", *run("01_preprocess.py", "--data", data, "--prep", prep, *threads)[:3])
     arrays = common.load_prep(prep)
-    n, n_train = len(arrays.folds), int(arrays.train.sum())
-    add("01, preprocessing", seconds, memory, n)
-
-    def epoch(model, batch, *flags):
-        """The last epoch of a short training: its seconds, and the peak memory."""
-        _, memory, text = run("02_train_joint.py", *shared, "--run", work / f"batch-{batch}", "--model", model,
-                              "--force", "--width", args.width, "--batch", batch, "--epochs", args.epochs,
-                              "--blackbox-epochs", args.epochs, *flags)
-        each = re.findall(rf"(?m)^{model} +epoch .* best [\d.]+ +([\d.]+) s ", text)
-        gpu = re.search(r"GPU memory ([\d.]+) GiB", text)
-        return float(each[-1]), float(gpu[1]) if gpu else memory
-
-    batches = (32, common.Config().batch) if device.type == "cuda" else (common.Config().batch,)  # 32: the authors'
-    for model, batch in [(m, b) for b in batches for m in ("blackbox-1d", "rhythm", "morphology", "global")]:
-        plain = ["--head", "free", "--project-every", 0]
-        add(f"02, an epoch of {model}, batch {batch}", *epoch(model, batch, *plain), n_train,
-            step_flop(model, args.width))
-        if model != "blackbox-1d":
-            add(f"02, a whole epoch of {model} (with projection and head)", *epoch(model, batch), n_train)
-    whole, whole_memory = 0, 0
-    flags = ["--run", work / "run"]
-    short = ["--width", args.width, *(["--blackbox-epochs", args.epochs, "--epochs", 1] if not args.whole else [])]
-    for step, script, more, count in (
-            ("02, Stage 1", "02_train_joint.py", short, None),
-            ("03, projection of the branches", "03_project.py", [], n_train),
-            ("04, scores and classifiers", "04_fusion.py", [], None), ("05, evaluation", "05_evaluate.py", [], None),
-            ("06, all pictures", "06_plot_prototypes.py", [], None)):
-        seconds, memory, _ = run(script, *shared, *flags, *more)
-        whole, whole_memory = whole + seconds, max(memory, whole_memory)
-        if script != "02_train_joint.py" or args.whole:
-            add(step, seconds, memory, count)
-    if args.whole:
-        add("01 to 06, the whole run", whole + rows[0]["seconds"], whole_memory)
-    return {"hardware": common.hardware(device), "threads": args.threads or torch.get_num_threads(), "records": n,
-            "training_records": n_train, "width": args.width, "type": "bfloat16" if fast else "float32",
-            "peak GFLOP/s": round(peak / 1e9), "torch": torch.__version__, "rows": rows}
-
-
-def readme():
-    """Write the table of every machine in tests/results/bench/ between README.md's two markers."""
-    path, tables, evaluate = ROOT / "README.md", [], importlib.import_module("05_evaluate")
-    for file in sorted((ROOT / "tests" / "results" / "bench").glob("*.json")):
-        m = json.loads(file.read_text())
-        tables.append(f"**{m['hardware']}**, {m['threads']} threads, width {m['width']}, {m['training_records']:,} "
-                      f"training records, {m['type']} ({m['peak GFLOP/s']:,} GFLOP/s at most), torch {m['torch']}")
-        cells = [["–" if r[k] is None else f"{r[k]:.1%}" if k == "share of peak" else str(r[k]) for k in HEAD]
-                 for r in m["rows"]]
-        tables.append(evaluate.table(HEAD, cells))
-    if not tables:
-        sys.exit("tests/results/bench holds no measurement: make one with `python tests/bench.py --save NAME` first")
-    text = evaluate.fill(path.read_text(encoding="utf-8"), "bench", tables)
-    with common.replacing(path) as t:
-        t.write_text(text, encoding="utf-8")
-    print(f"{path.name}: tables of {len(tables) // 2} machines")
+    n = int(arrays.train.sum())
+    shared = ["--prep", prep, "--run", work / "run", *threads]
+    settings = ["--set", f"width={args.width}", f"epochs={args.epochs}", f"blackbox_epochs={args.epochs}"]
+    for model in ("blackbox-rhythm", "blackbox-1d", "rhythm", "morphology", "global"):
+        seconds, cpu, memory, text = run("02_train_joint.py", *shared, "--model", model, *settings)
+        last = float(re.findall(r"([\d.]+) s +\d+ min left", text)[-1])
+        add(f"02, an epoch of {model}", last if seconds else None, cpu, memory, n, step_flop(model, args.width))
+    for script in ("03_project.py", "04_fusion.py", "05_evaluate.py", "06_plot_prototypes.py"):
+        add(script[:2], *run(script, *shared)[:3])
+    return {"hardware": common.hardware(torch.device("cpu")), "threads": args.threads or torch.get_num_threads(),
+            "load": os.getloadavg()[0], "records": len(arrays.folds), "width": args.width, "torch": torch.__version__,
+            "type": "bfloat16" if fast else "float32", "peak GFLOP/s": round(peak / 1e9), "rows": rows,
+            "latency": latencies(work / "run")}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default=ROOT / "data" / "ptbxl", help="folder of the PTB-XL records (default data/ptbxl)")
+    p.add_argument("--data", default=ROOT / "data" / "ptbxl", help="default data/ptbxl")
     p.add_argument("--synthetic", type=int, metavar="N", help="time on N synthetic records instead")
-    p.add_argument("--width", type=int, default=common.Config().width, help="width of the network (default 64)")
+    p.add_argument("--width", type=int, default=common.Config().width)
     p.add_argument("--epochs", type=int, default=2, help="epochs of each timed training (default 2)")
-    p.add_argument("--whole", action="store_true", help="train the default run to its end, and time all of it")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    p.add_argument("--work", help="folder for what the stages write (default: a new temporary one)")
     p.add_argument("--save", metavar="NAME", help="keep the numbers as tests/results/bench/NAME.json")
-    p.add_argument("--readme", action="store_true", help="only write the README's table")
     args = p.parse_args()
-    if args.readme:
-        return readme()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        found = measure(args, Path(args.work or temporary).resolve())
+    with tempfile.TemporaryDirectory(prefix="bench-") as work:
+        found = measure(args, Path(work))
     if args.save:
-        common.save_json(ROOT / "tests" / "results" / "bench" / f"{args.save}.json", found)
-    print(json.dumps(found))
+        common.save(ROOT / "tests" / "results" / "bench" / f"{args.save}.json", found)
+    print(f"{found['hardware']}, {found['threads']} threads, load {found['load']:.1f}, width {found['width']}, "
+          f"{found['type']} ({found['peak GFLOP/s']} GFLOP/s at most), torch {found['torch']}")
+    print(stage_5.table(HEAD, [[("–" if r[k] is None else r[k]) for k in HEAD] for r in found["rows"]]))
+    print(stage_5.table(["model", "parameters", "MB", "ms"], [list(r.values()) for r in found["latency"]]))
 
 
 if __name__ == "__main__":

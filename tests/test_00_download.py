@@ -1,11 +1,10 @@
-"""00_download.py against web servers on 127.0.0.1 that fail on purpose; no other network is used."""
+"""00_download.py against web servers on 127.0.0.1 that fail on purpose; no other network."""
 import hashlib
 import multiprocessing
 import ntpath
 import os
 import posixpath
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -258,16 +257,11 @@ def start(world, **constants):
 
 
 def test_killed_at_any_moment_and_resumed(world):
-    world.use(data_set(120))
+    world.use(data_set(300))
     world.a.delay = 0.01
     rng, met = random.Random(1), []
-    world.folder.mkdir(parents=True)
     for _ in range(40):
         before = set(tree(world.folder))
-        if set(world.files) <= before:  # nothing is left to fetch: begin again
-            shutil.rmtree(world.folder)
-            world.folder.mkdir()
-            before = set()
         world.a.asked.clear()
         process = start(world, CONNECTIONS=4)
         while not world.a.asked and process.is_alive():
@@ -359,11 +353,8 @@ def test_check_lists_missing_altered_and_extra(world):
     assert set(out.splitlines()) == {f"missing: {gone}", f"extra: {extra}", *altered}
     assert "6 files" in message and "00_download.py" in message
     assert tree(world.folder) == before and not world.a.asked
-
-
-def test_check_without_a_list(world):
+    (world.folder / SUMS).unlink()
     assert f"{SUMS} is missing" in world.refused("--check", "--data", world.folder)[0]
-    assert not world.a.asked
 
 
 # ---- --imagenet, --synthetic, --demo, the command line

@@ -163,7 +163,7 @@ def test_killed_at_a_random_moment(world, job):
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_many_kills(world, job):
-    killed(world, job, 40 if job == "02" else 15, np.random.default_rng())
+    killed(world, job, 15 if job == "02" else 6, np.random.default_rng())
 
 
 def full_disk(world, job, sizes):
