@@ -16,7 +16,7 @@ writes  RUN/figures/gallery.html, RUN/figures/MODEL/*.png; RUN/cases/NAME.pdf, t
     python 06_plot_prototypes.py --record my/ecg   the same for your own WFDB record (my/ecg.hea)
     python 06_plot_prototypes.py --review          one HTML file to rate prototypes (Appendix C)
 
-Takes 1-2 minutes for 1,037 prototypes on 2 CPU cores (75 MB), a second for each page of a case.
+Takes 2 minutes for 1,037 prototypes on 2 CPU cores (60 MB), a second for each page of a case.
 Last line: `runs/default: 1,037 prototypes -> runs/default/figures/gallery.html`.
 """
 import html
@@ -114,8 +114,7 @@ def draw(ax, scene, left, top):
 
 
 def save_sheet(path, columns, foot="", pdf=None):
-    """Write columns (title, text, scenes) above a foot of lines of text to a PNG that knows its
-    true size, in 64 colours, a third of the bytes; and to a page of a PDF."""
+    """Write columns (title, text, scenes) and a foot to a PNG of true size, and to a PDF."""
     bottom = 20 + max(sum(scene["h"] + 3 for scene in scenes) for _, _, scenes in columns)
     width, height = 19 + (WIDTH + 8) * len(columns), bottom + 4 + 7 * len(foot.splitlines())
     fig = Figure((width / 25.4, height / 25.4), DPI)
@@ -129,11 +128,12 @@ def save_sheet(path, columns, foot="", pdf=None):
         for scene in scenes:
             draw(ax, scene, left, top)
             top += scene["h"] + 3
-    content, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(content, format="png")
-    image = Image.open(content).convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    image.save(small, "PNG", dpi=(DPI, DPI))
-    common.save(path, small.getvalue())
+    pixels, content = io.BytesIO(), io.BytesIO()
+    fig.savefig(pixels, format="rgba")
+    image = Image.frombytes("RGBA", fig.canvas.get_width_height(), pixels.getvalue())
+    small = image.convert("RGB").quantize(64, method=Image.Quantize.FASTOCTREE, dither=0)
+    small.save(content, "PNG", dpi=(DPI, DPI))
+    common.save(path, content.getvalue())
     if pdf:
         pdf.savefig(fig)
 
@@ -147,9 +147,8 @@ def file_name(text):
 
 def source(q):
     """A prototype and where it comes from, in words."""
-    first, end = q["samples"]
-    return (f"prototype {q['model']} {q['index']}: training ECG {q['ecg_id']}, "
-            f"{first / RATE:.2f} to {end / RATE:.2f} s")
+    text = "prototype {model} {index}: training ECG {ecg_id}, {0:.2f} to {1:.2f} s"
+    return text.format(*np.divide(q["samples"], RATE), **q)
 
 
 def gallery(args, prototypes, words):
@@ -173,8 +172,8 @@ def gallery(args, prototypes, words):
     list(tqdm(parallel(jobs), "pictures", len(jobs), disable=None))
     path = args.run / "figures/gallery.html"
     title = f"{args.run}: {len(jobs):,} prototypes"
-    page = GALLERY.replace("TITLE", html.escape(title)) + body
-    common.save(path, page.replace("<details>", "<details open>", 1))
+    text = GALLERY.replace("TITLE", html.escape(title)) + body
+    common.save(path, text.replace("<details>", "<details open>", 1))
     print(f"{title} -> {path}")
 
 
@@ -183,8 +182,7 @@ body { font: 16px/1.4 sans-serif; margin: 1rem 2rem }
 figure { display: inline-block; vertical-align: top; width: 300px; margin: 8px }
 img { border: 1px solid #bbb; width: 100% }
 </style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with which the
-model compares new ECGs. Click a label to see its prototypes, with their source and all labels of
-that ECG, and a picture to enlarge it. For research, not for clinical use.</p>
+model compares new ECGs. Below it are its source and all labels of that ECG. For research only.</p>
 """
 
 
@@ -264,13 +262,13 @@ def explain(heads, x, top, patient=None):
     return sorted(results, key=lambda r: -r["probability"])
 
 
-ABOUT = """{verdict}: probability {probability:.3g}, threshold {threshold:.3g} ({classifier} \
-classifier). For research, not for clinical use.
+ABOUT = """{verdict} by the {classifier} classifier: probability {probability:.3g}, threshold \
+{threshold:.3g}. Filled: the best matching window, outlined: the next. For research only.
 logit {logit:.3f} = bias {bias:.3f} {shown} (prototypes with a page) \
-{others[0][contribution]:+.3f} (others of this label) {others[1][contribution]:+.3f} (the rest); \
-{own_patient} of the same patient do not count
+{others[0][contribution]:+.3f} (others of this label) {others[1][contribution]:+.3f} (the rest)
 this prototype: {q[contribution]:+.3f} = weight {q[weight]:.3f} x (similarity \
-{q[similarity]:.3f} - mean {q[mean]:.3f}) / std {q[std]:.3f}"""
+{q[similarity]:.3f} - mean {q[mean]:.3f}) / std {q[std]:.3f}
+left out, as they are of the same patient: {own_patient} prototypes"""
 
 
 def page(case, x, r, q, words):
@@ -323,15 +321,14 @@ def review(args, heads, prototypes, words):
     items = []
     for q in tqdm(prototypes, "review page", disable=None):
         scenes = scenes_of(q["x"], q["kind"], [q["samples"]])
-        for scene in scenes:
-            for i, (x, step, y) in enumerate(scene["traces"]):
+        for traces in [scene["traces"] for scene in scenes]:
+            for i, (x, step, y) in enumerate(traces):
                 changes = np.diff(np.round(20 * y), prepend=0)  # short in JSON
-                scene["traces"][i] = x, step, changes.astype(int).tolist()
+                traces[i] = x, step, changes.astype(int).tolist()
         items.append({"id": f"{q['model']}/{q['index']}", "class": q["class"], "scenes": scenes})
     made = [head.made_from[f"{model}/projected.pt"] for head in heads for model in head.branches]
     data = {"run": str(args.run), "made": made, "words": words, "items": items}
-    data = json.dumps(data, separators=(",", ":"))
-    data = data.replace("<", "\\u003c")  # no text ends the script element
+    data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # ends no script
     common.save(args.run / "review.html", REVIEW.replace("DATA", data))
     print(f"{args.run}: {len(items):,} prototypes -> {args.run / 'review.html'}")
 
@@ -340,8 +337,7 @@ REVIEW = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Prototy
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"><style>
 body { display: flex; flex-wrap: wrap; gap: 8px; margin: 8px; font: 16px/1.4 sans-serif }
-#paper { flex: 1 680px }
-#panel { flex: 1 250px; max-width: 400px }
+#paper { flex: 1 680px } #panel { flex: 1 250px; max-width: 400px }
 svg { width: min(100%, 150vh - 120px); border: 1px solid #d98c8c }
 text { white-space: pre; paint-order: stroke; stroke: #fff; stroke-width: 0.7 }
 polyline { fill: none; stroke: #000; stroke-width: 0.3 }
@@ -353,7 +349,7 @@ button, select { font: inherit; min-height: 44px; min-width: 44px; max-width: 30
 <span id="progress"></span> <button id="export">Export</button>
 <label>Import <input id="file" type="file" accept=".json"></label>
 <button id="anew">Start anew</button></header>
-<main id="paper"></main><section id="panel"><h2 id="title"></h2>
+<main id="paper"></main><section id="panel"><h3 id="title"></h3>
 <p><b>Representativeness</b> Does the prototype reflect a typical or defining presentation of the
 assigned diagnostic class? (5 is best)</p><div id="representativeness"></div>
 <p><b>Clarity</b> Is the ECG signal in the prototype clean and interpretable, or is it obscured by
@@ -393,8 +389,10 @@ function draw({w, h, boxes, traces, texts}) {
   for (const [x, y, size, text] of texts) make(svg, "text", {x, y, "font-size": size}, text);
 }
 const rating = q => ratings[q.id] ?? {class: q.class, ...empty};
-const scored = r => r.mark === "label-error" || r.representativeness && r.clarity;
-const done = q => scored(rating(q));
+function done(q) {
+  const {mark, representativeness, clarity} = rating(q);
+  return mark === "label-error" || representativeness && clarity;
+}
 function change(name, value) {  // the same choice once more takes it back
   const q = items[at], r = rating(q);
   ratings[q.id] = {...r, [name]: r[name] === value ? null : value};
@@ -421,7 +419,7 @@ const actions = {
   previous: () => go(at - 1), next: () => go(at + 1),
   unrated: () => jump([...items.slice(at + 1), ...items].find(q => !done(q))),
   anew: () => {
-    if (confirm("Forget the ratings kept in this browser? Export them first.")) ratings = {};
+    if (confirm("Forget the ratings in this browser? Export them first.")) ratings = {};
     show();
   },
   export: () => {
@@ -453,8 +451,7 @@ onkeydown = e => {
   if (/TEXTAREA|SELECT/.test(e.target.tagName) || e.ctrlKey || e.altKey || e.metaKey) return;
   if (/^(Digit|Numpad)[1-5]$/.test(e.code))
     change(e.shiftKey ? "clarity" : "representativeness", Number(e.code.at(-1)));
-  const keys = {ArrowLeft: "previous", ArrowRight: "next", n: "unrated"};
-  actions[keys[e.key]]?.();
+  actions[{ArrowLeft: "previous", ArrowRight: "next", n: "unrated"}[e.key]]?.();
 };
 go(0);
 </script></html>
@@ -487,9 +484,9 @@ def main():
         classifier = args.run / f"classifiers/{heads[0].name}.pt"
         common.load(classifier, "04_fusion.py", args)  # exits if it is not of this PREP
         for ecg_id in args.case or prep.ecg_ids[prep.test][:1].tolist():
-            if ecg_id not in prep.row_of:
+            row = prep.row_of.get(ecg_id)
+            if row is None:
                 sys.exit(f"{args.prep} has no ECG {ecg_id}")
-            row = prep.row_of[ecg_id]
             part = ["training", "validation", "test"][max(0, prep.folds[row] - 8)]
             labels = [c for c, on in zip(CODES, prep.labels[row]) if on]
             explain_case(args, heads, words, prep.signals[row], f"{part} ECG {ecg_id}", labels,

@@ -234,12 +234,6 @@ def record(**changes):
     return lambda data: write_record(data, 5, **changes)
 
 
-def flip(data):
-    raw = bytearray((data / DAT).read_bytes())
-    raw[12345] ^= 1
-    (data / DAT).write_bytes(raw)
-
-
 def write(name, content):
     return lambda data: (data / name).write_bytes(content)
 
@@ -282,7 +276,7 @@ BAD_RECORDS = {  # change, the reason given
     "999 samples": (record(samples=999), "header"),
     "missing sample": (record(d_signal=np.where(np.arange(12000) == 99, -2**15, 7)
                               .reshape(1000, 12)), "missing"),  # WFDB's "no sample" of format 16
-    "checksum": (flip, "checksum"),
+    "checksum": (write(DAT, bytes(24000)), "checksum"),
     "half a .dat": (lambda d: os.truncate(d / DAT, 12000), "reshape"),
     "longer .dat": (lambda d: (d / DAT).write_bytes((d / DAT).read_bytes() * 5), "reshape"),
     "missing .hea": (lambda d: (d / HEA).unlink(), "No such file"),
@@ -409,7 +403,7 @@ def damage(raw, rng, text):
     return kind, bytes(faults[kind]())
 
 
-@pytest.mark.parametrize("n", [300, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [300, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("suffix", [".hea", ".dat"])
 def test_damaged_records(data, suffix, n):
     path, rng, refused = data / f"{where(5)}{suffix}", np.random.default_rng(n), 0
@@ -427,7 +421,7 @@ def test_damaged_records(data, suffix, n):
     assert refused > n / 2
 
 
-@pytest.mark.parametrize("n", [150, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [150, pytest.param(1000, marks=pytest.mark.slow)])
 def test_damaged_tables(data, n):
     def read():
         table, _ = pre.read_tables(data, None)

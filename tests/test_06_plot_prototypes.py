@@ -227,8 +227,8 @@ def test_a_page_says_and_shows_what_was_computed(made, model):
     numbers = re.findall(r"[-+]?\d+\.\d{3}\b", " ".join(lines))
     assert [float(number) for number in numbers] == pytest.approx(wanted, abs=6e-4)
     verdict = "predicted" if r["predicted"] else "not predicted"
-    text = f"{verdict}: probability {r['probability']:.3g}, threshold {r['threshold']:.3g}"
-    assert first.startswith(text)
+    assert first.startswith(f"{verdict} by the {model} classifier: ")
+    assert f"probability {r['probability']:.3g}, threshold {r['threshold']:.3g}." in first
 
 
 def test_a_case_of_ptbxl_is_written_whole(made, monkeypatch, capsys):
