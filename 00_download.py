@@ -102,7 +102,6 @@ def fetch(session, path, name, sha256, mirrors):
 
 def fetch_all(files, folder, mirrors):
     """Fetch `files` {name: sha256 (None: any)} into `folder`; exits if one cannot be had."""
-    mirrors = list(mirrors)
     retry = Retry(total=3, backoff_factor=PAUSE, backoff_jitter=PAUSE / 2,
                   status_forcelist=[408, 429, *range(500, 600)],  # busy or out of order
                   respect_retry_after_header=False)
@@ -128,7 +127,7 @@ def fetch_sums(folder):
         sys.exit(f"{folder} holds synthetic records: name another folder with --data, "
                  "or use --synthetic N or --demo")
     if not (folder / SUMS).is_file():
-        fetch_all({SUMS: None}, folder, MIRRORS)
+        fetch_all({SUMS: None}, folder, list(MIRRORS))
     if len(read_sums(folder)) != FILES:
         sys.exit(f"{folder / SUMS} does not list the {FILES:,} files of PTB-XL: delete it "
                  "and run 00_download.py again")
@@ -150,7 +149,6 @@ def main():
     weights = {common.IMAGENET: IMAGENET_SHA256}
     if args.imagenet and faults(args.data.parent, weights):
         fetch_all(weights, args.data.parent, [TORCHVISION])
-
     if n and not args.check:
         sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
         from synthetic import write_dataset  # nothing else needs it
@@ -164,7 +162,7 @@ def main():
     if args.check:
         report(args.data, files, found)
     elif found:
-        fetch_all({name: files[name] for name in found}, args.data, MIRRORS)
+        fetch_all({name: files[name] for name in found}, args.data, list(MIRRORS))
     print(f"{args.data}: {len(files):,} files complete and verified")
 
 

@@ -182,7 +182,7 @@ body { font: 16px/1.4 sans-serif; margin: 1rem 2rem }
 figure { display: inline-block; vertical-align: top; width: 300px; margin: 8px }
 img { border: 1px solid #bbb; width: 100% }
 </style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with which the
-model compares new ECGs. Below it are its source and all labels of that ECG. For research only.</p>
+model compares new ECGs. Below it are its source and all its labels. Not for clinical use.</p>
 """
 
 
@@ -263,7 +263,7 @@ def explain(heads, x, top, patient=None):
 
 
 ABOUT = """{verdict} by the {classifier} classifier: probability {probability:.3g}, threshold \
-{threshold:.3g}. Filled: the best matching window, outlined: the next. For research only.
+{threshold:.3g}. Filled: the best matching window, outlined: the next. Not for clinical use.
 logit {logit:.3f} = bias {bias:.3f} {shown} (prototypes with a page) \
 {others[0][contribution]:+.3f} (others of this label) {others[1][contribution]:+.3f} (the rest)
 this prototype: {q[contribution]:+.3f} = weight {q[weight]:.3f} x (similarity \

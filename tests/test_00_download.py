@@ -384,7 +384,9 @@ def test_imagenet(world, monkeypatch):
 def test_synthetic_is_written_mended_and_never_mixed(world):
     folder = Path("data/synthetic")
     assert world.run("--synthetic", 3) == f"{folder}: 8 files complete and verified"
-    first = tree(folder)
+    first, when = tree(folder), (folder / SUMS).stat().st_mtime_ns
+    world.run("--synthetic", 3)
+    assert (folder / SUMS).stat().st_mtime_ns == when  # what is whole is kept
     next(folder.rglob("*.dat")).write_bytes(b"")
     assert "1 files" in world.refused("--check", "--data", folder)[0]
     assert "8 files" in world.run("--synthetic", 3) and tree(folder) == first

@@ -455,8 +455,8 @@ def test_review_in_a_browser(browser, review, made, tmp_path):
     press(Keys.ARROW_RIGHT, "2")
     ActionChains(browser).key_down(Keys.SHIFT).send_keys("3").key_up(Keys.SHIFT).perform()
     assert [pressed(name) for name in ("representativeness", "clarity")] == [["2"], ["3"]]
-    press("2", "2")  # once more takes it back
     find("next").click()
+    press("4", "4")  # once more takes it back
     click("mark", 2)
     assert find("progress").text == rated.format(3)
     press(Keys.ARROW_LEFT, "n")
