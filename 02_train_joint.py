@@ -122,7 +122,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
             bce = (bce if data.w is None else data.w * bce).mean()
             loss = {"total": bce, "bce": bce}
         else:
-            if not cfg.own_patient:  # what s is for a patient's own prototypes says nothing: mean
+            if not cfg.own_patient:  # a prototype knows its own patient: the batch mean there
                 same = data.patients[i][:, None] == model.p_patient
                 s = torch.where(same, s.detach().sum(0) / len(i), s)
                 logits = model.head(s)
@@ -189,9 +189,10 @@ def refit_head(model, z, carries, patients):
 
 @torch.no_grad()
 def project_and_refit(model, prep, cfg, device):
-    """Stage 2 between epochs: prototypes go back to real windows, and the head is solved anew."""
+    """Stage 2 between epochs: prototypes go back to real windows, and the head is solved anew.
+    Returns what it was solved on: z [N, D, L], carries [N, C], patients [N]."""
     if not cfg.project_every and cfg.head != "refit":
-        return
+        return None
     z, carries, rows = common.training_set(model, prep, device)
     if cfg.project_every:
         p, found = common.project(
@@ -200,6 +201,16 @@ def project_and_refit(model, prep, cfg, device):
         model.p_patient.copy_(common.own_patients(found, prep, cfg))
     if cfg.head == "refit":
         refit_head(model, z, carries, prep.patient_ids[rows])
+    return z, carries, prep.patient_ids[rows]
+
+
+def unprojected(model, p, solved_on, cfg):
+    """The model with the prototypes p that it had before projection, and the head for them."""
+    kept = copy.deepcopy(model)
+    kept.p.data.copy_(p)
+    if cfg.head == "refit":
+        refit_head(kept, *solved_on)
+    return kept
 
 
 def make_optimizer(model, cfg, steps):
@@ -216,7 +227,7 @@ def make_optimizer(model, cfg, steps):
 
 
 def train(name, args, cfg, prep):
-    """Train one model and write its joint.pt; returns the fold-9 macro-AUROC that it has."""
+    """Train one model and write its joint.pt; returns the fold-9 macro-AUROC of the epoch kept."""
     black_box, out = name in BOXES, args.run / name / "joint.pt"
     last = out.with_name("last.pt")
     meta = describe(name, args, cfg, prep)
@@ -257,14 +268,13 @@ def train(name, args, cfg, prep):
             sys.exit(f"{name}: no number in epoch {epoch}: {terms}: train again with a lower lr")
         if not black_box:
             p = model.p.detach().clone()
-            project_and_refit(model, prep, cfg, args.device)
+            solved_on = project_and_refit(model, prep, cfg, args.device)
         auroc = validate(average, data)
         if cfg.scheduler == "plateau":
             scheduler.step(auroc)
-        if auroc > best["val_auroc"]:
-            kept = copy.deepcopy(average.state_dict())
-            if not black_box:  # judged as projected, kept as before: Stage 2 proper is 03's
-                kept["p"] = p
+        if auroc > best["val_auroc"]:  # judged as projected, kept as before: Stage 2 proper is 03's
+            better = average if black_box else unprojected(model, p, solved_on, cfg)
+            kept = copy.deepcopy(better.state_dict())
         lr = optimizer.param_groups[0]["lr"]
         log.append({"epoch": epoch, "lr": lr, "val_auroc": auroc, **terms})
         seconds += time.time() - began
@@ -451,7 +461,7 @@ def start_from_black_box(source, meta, args, cfg, prep):
     box, before = common.load_model(path, MAKER, args)
     for k in ("seed", "width", "pool", "scale_input", "blackbox_epochs", "blackbox_lr"):
         if before["config"][k] != getattr(cfg, k):
-            sys.exit(f"{path} has {k} {before['config'][k]}: --set that, or name another --run")
+            sys.exit(f"{path} has {k} {before['config'][k]}: give 02 that too, or another --run")
     model = common.build(meta, scaler_of(prep, cfg)).to(args.device).eval()
     model.backbone.load_state_dict(box.backbone.state_dict())
     # stronger L2 than for the black box's own head: classes of few records need the restraint
@@ -473,7 +483,7 @@ def start_from_black_box(source, meta, args, cfg, prep):
 
 def set_to_windows(model, z, carries, rows, prep, cfg):
     """Start the prototypes at real training windows: of each record of a class the window that
-    points most in the class's direction, of these the nearest to the centres of k-means."""
+    points most in the class's direction is taken; then the windows nearest to k-means of these."""
     T, centres = model.p.shape[2], []
     for c, k in enumerate(torch.bincount(model.p_class).tolist()):
         windows = z[carries[:, c]].unfold(2, T, 1).permute(0, 2, 1, 3).flatten(2)
@@ -518,13 +528,16 @@ def settings(args, p):
             else:
                 new = type(old)(value)
         except (KeyError, ValueError, TypeError):
-            p.error(f"--set {text}: Config in common.py has {name}={old}")
+            like = "lists all settings" if old is None else f"has {name}={old}"
+            p.error(f"--set {text}: Config in common.py {like}")
         if new not in CHOICES.get(name, [new]):
             p.error(f"--set {text}: choose from {', '.join(CHOICES[name])}")
         cfg = replace(cfg, **{name: new})
     counts = cfg.batch, cfg.patience, cfg.blackbox_epochs, cfg.width, cfg.top_k, *cfg.per_class
-    if min(counts) < 1 or cfg.width % 16 or not 0 < min(cfg.lr, cfg.blackbox_lr) < 1:
-        p.error("--set: counts are at least 1, width is a multiple of 16, lr is between 0 and 1")
+    shares = cfg.lr, cfg.blackbox_lr, cfg.dropout, cfg.blackbox_ema
+    if min(counts) < 1 or cfg.width % 16 or min(shares[:2]) <= 0 or not max(shares) < 1:
+        p.error("--set: counts are at least 1, width is a multiple of 16, lr, dropout and "
+                "blackbox_ema are below 1")
     if cfg.start != "blackbox":  # there are no latents yet to take prototypes from
         cfg = replace(cfg, prototypes="random")
     elif cfg.add_on == "sigmoid":

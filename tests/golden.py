@@ -38,7 +38,7 @@ def run_stages(root, work):
     data, prep = work / "data", work / "prep"
     stage("00_download.py", "--demo", "--data", data)
     stage("01_preprocess.py", "--demo", "--data", data, "--prep", prep)
-    demo = ["--demo", "--prep", prep, "--run", work / "demo", "--threads", 1, "--device", "cpu"]
+    demo = ["--demo", "--prep", prep, "--run", work / "demo", "--threads", 1]
     for name in ("02_train_joint.py", "03_project.py", "04_fusion.py", "05_evaluate.py", "06_plot_prototypes.py"):
         stage(name, *demo)
     paper = ["--recipe", "paper", *demo[:4], work / "paper", *demo[5:]]

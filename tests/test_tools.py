@@ -18,6 +18,7 @@ def tool(name, *flags):
                           text=True)
 
 
+@pytest.mark.slow  # nine processes a study
 def test_tuning_is_blind_to_fold_10_and_goes_on(tmp_path):
     optuna = pytest.importorskip("optuna")
     prep, values = write_prep(tmp_path / "prep"), {}
