@@ -100,7 +100,7 @@ def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
 @needs_ptbxl
 def test_real_records_through_the_stages(tmp_path):
     """The rhythm branch on the first 1,500 real records, trained for a moment, is far better than chance."""
-    flags = ["--prep", tmp_path / "prep", "--run", tmp_path / "run"]
+    flags = ["--prep", tmp_path / "prep", "--run", tmp_path / "run", "--threads", 1]
     python("01_preprocess.py", "--data", PTBXL, *flags[:2], "--records", 1500)
     python("02_train_joint.py", *flags, "--model", "rhythm", "--set", "width=16", "batch=32", "blackbox_epochs=12",
            "epochs=1")
