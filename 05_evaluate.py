@@ -1,17 +1,18 @@
 """Stage 05, evaluation (paper 4.1-4.3, Tables 1 and 2): macro-AUROC on the whole of fold 10.
 
 How good every prediction of 04 is and how sure that is (bootstrap of test patients, the same draws
-for all, so that differences are paired), what interpretability cost step by step, and the paper's
-numbers beside ours.
+for all, so that differences are paired), what each step towards interpretability cost, and the
+paper's numbers beside ours.
 
-reads   PREP/*.npy, RUN/classifiers/*.pt, RUN/MODEL/log.jsonl, prototypes.json, RUN/cases/*.json
-writes  RUN/metrics.json (every number), results.md and results.html (made from it), figures/*.png
+reads   PREP/*.npy, preprocess.json; RUN/classifiers/*.pt; RUN/MODEL/prototypes.json, log.jsonl;
+        RUN/cases/*.json and their pages
+writes  RUN/metrics.json (every number); results.md, results.html and figures/*.png, made from it
 
-    python 05_evaluate.py                        everything that 04 has predicted in the run
-    python 05_evaluate.py --against runs/plain   also paired differences to another run, such as one
-                                                 without contrastive loss, for the paper's tables
+    python 05_evaluate.py                        all predictions of the run
+    python 05_evaluate.py --against runs/plain   also paired differences to another run; one without
+                                                 contrastive loss fills that column of the tables
     python 05_evaluate.py --save NAME            also keep the numbers as tests/results/NAME.json
-    python 05_evaluate.py --ratings A.json B.json    the paper's Table 3 from what 06's page exports
+    python 05_evaluate.py --ratings A.json B.json    only Table 3, from what 06's page exported
 
 Takes half a minute on 2 CPU cores.
 Last line: `runs/default: fusion .9321 [.9250, .9390] over 71 classes -> runs/default/results.md`.
@@ -30,7 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
-from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_curve
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_curve
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -39,15 +40,12 @@ from common import BRANCHES, CODES, GROUPS, MODELS, columns
 
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN: no such class here
 DRAWS, SEED = 1000, 42  # of the bootstrap
-BATCH = 32  # the authors'
-RARE = 10  # a class with fewer test positives is rare
+BATCH, RARE = 32, 10  # the authors' batch; a class with fewer test positives is rare
 STEPS = "-joint", "-projected", "-unprojected"  # predictions on the way to a final one
 ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro"]
-WITHOUT = "1AVB", "2AVB", "3AVB", "IVCD"  # Strodthoff et al. 2021 count them as diagnostic
-SETS = {
-    **{b: GROUPS[b] for b in BRANCHES},
-    "Strodthoff's rhythm": [c for c in GROUPS["rhythm"] if c not in WITHOUT],
-}
+SETS = {b: GROUPS[b] for b in BRANCHES}
+SETS["Strodthoff's rhythm"] = [  # Strodthoff et al. 2021 have four as diagnostic statements
+    c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]
 PAPER = [  # Tables 1 and 2: setting, prediction, without and with contrastive loss, black box
     ("rhythm branch, 16 labels", "rhythm", .8730, .8758, "blackbox-rhythm", None),
     ("morphology branch, 52", "morphology", .9023, .9056, "blackbox-morphology", None),
@@ -75,8 +73,8 @@ PAIRS = {  # paired differences, first - second, by the question that they answe
 # ---- Numbers. AUROCs are [1 + draws, 71]: row 0 of the test set as it is; NaN: no such class
 
 def patient_weights(patient_ids, draws, seed):
-    """How often each record counts: patient_ids [N] -> [N, 1 + draws]; in column 0 once each. A
-    draw takes as many patients as there are, with replacement, with all of their records."""
+    """How often each record counts: patient_ids [N] -> [N, 1 + draws]; in column 0 once. A draw
+    takes as many patients as there are, with replacement, with all of their records."""
     patients, patient = np.unique(patient_ids, return_inverse=True)
     rng, n = np.random.default_rng(seed), len(patients)
     counts = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)]
@@ -87,13 +85,13 @@ def weighted_auroc(y, score, weights):
     """AUROC of one class in every draw: y, score [N], weights [N, D] -> [D].
 
     Mann-Whitney: over all pairs of a positive and a negative +1 if in order, -1 if not, 0 if tied.
-    The pairs are compared once for all draws, and sums of whole weights are exact in float32.
+    The pairs are compared once for all draws; sums of whole weights are exact in float32.
     """
     positive, negative = weights[y > 0], weights[y == 0]
-    order = np.sign(score[y > 0, None] - score[None, y == 0]).astype(weights.dtype)
-    right = (positive * (order @ negative)).sum(0, dtype=np.float64)  # [D]
+    order = np.sign(score[y > 0, None] - score[None, y == 0])
+    right = positive * (order.astype(weights.dtype) @ negative)
     pairs = positive.sum(0, dtype=np.float64) * negative.sum(0, dtype=np.float64)
-    return 0.5 + 0.5 * right / pairs
+    return 0.5 + 0.5 * right.sum(0, dtype=np.float64) / pairs
 
 
 def rounded(v):
@@ -105,9 +103,8 @@ def macro(aurocs, codes):
     """Macro mean over `codes` of AUROCs (or a difference of two) [1 + draws, 71]: [value, lower and
     upper end of the 95 % interval, classes in the mean, codes].
 
-    A draw seldom has every rare class, and the mean of those that it has is another quantity. So a
-    draw says how far its classes move from their values on the test set, on average; the interval
-    is the value plus these moves.
+    A draw seldom has every rare class, and the mean of those that it has is another quantity. So
+    the interval is the value plus how far the classes of a draw move from their values, on average.
     """
     each = aurocs[:, columns(codes)]
     value, moves = np.nanmean(each[0]), np.nanmean(each[1:] - each[0], 1)
@@ -118,126 +115,182 @@ def macro(aurocs, codes):
 def per_batch_auroc(y, score):
     """What the authors log, y, score [N, C]: the mean over batches of the macro-AUROC over the
     classes with both a positive and a negative in the batch, which is seldom a rare one."""
-    parts = range(0, len(y), BATCH)
-    return np.nanmean([common.macro_auroc(y[i:i + BATCH], score[i:i + BATCH]) for i in parts])
+    batches = [slice(i, i + BATCH) for i in range(0, len(y), BATCH)]
+    return np.nanmean([common.macro_auroc(y[b], score[b]) for b in batches])
 
 
-# ---- What 02-04 left behind
-
-def load_predictions(run, prep, args):
-    """{name: namespace of meta, val and test logits [., 71], thresholds [71]} of a run."""
-    place = SimpleNamespace(run=run, prep=args.prep)
-    paths = sorted((run / "classifiers").glob("*.pt"))
-    if not paths:
-        sys.exit(f"{run} holds no classifiers: run 04_fusion.py first")
-    on_test, found = prep.test[prep.val | prep.test], {}
-    for path in paths:
-        saved = common.load(path, "04_fusion.py", place)
-        meta, logits = saved["meta"], saved["logits"].numpy()
-        thresholds = np.full(len(CODES), np.nan)
-        thresholds[columns(meta["classes"])] = saved["thresholds"].numpy()
-        name = meta["name"].removesuffix(next((s for s in STEPS if meta["name"].endswith(s)), ""))
-        wanted = not args.model or name in args.model
-        if wanted:
-            found[meta["name"]] = SimpleNamespace(
-                meta=meta, val=logits[~on_test], test=logits[on_test], thresholds=thresholds)
-    if all(name.endswith(STEPS) for name in found):
-        sys.exit(f"{run} has no predictions of what is asked for: run 04_fusion.py first")
-    return {n: found[n] for n in sorted(found, key=[*ORDER, *found].index)}
-
-
-def evaluate(p, aurocs, prep, codes):
-    """All numbers of one final prediction, over the `codes` that it is about."""
-    y, true = prep.labels[prep.test], prep.labels[prep.test] > 0
-    by_id, over = np.argsort(prep.ecg_ids[prep.test], kind="stable"), p.test >= p.thresholds
-    f1 = 2 * (true & over).sum(0) / (true.sum(0) + over.sum(0))  # [71]
-    f1[~true.any(0) | np.isnan(p.test[0])] = np.nan
-    auprc = np.full(len(CODES), np.nan)
-    for c in columns(p.meta["classes"]):
-        if true[:, c].any():
-            auprc[c] = average_precision_score(true[:, c], p.test[:, c])
-    frequent = [c for c, n in zip(CODES, y.sum(0)) if c in codes and n >= RARE]
-    numbers = {
+def numbers_of(p, aurocs, prep, codes):
+    """All numbers of a prediction over `codes`, and those of each of its classes: [AUROC, lower
+    and upper end, AUPRC, F1, threshold on the logit]."""
+    y = prep.labels[prep.test] > 0  # [N, 71]
+    auprc, f1 = np.full((2, len(CODES)), np.nan)
+    per_class = {}
+    for i, c, threshold in zip(columns(p.classes), p.classes, p.thresholds):
+        if y[:, i].any():
+            auprc[i] = average_precision_score(y[:, i], p.test[:, i])
+            f1[i] = f1_score(y[:, i], p.test[:, i] >= threshold)
+        more = map(rounded, (auprc[i], f1[i], threshold))
+        per_class[c] = [*macro(aurocs, [c])[:3], *more]
+    by_id = np.argsort(prep.ecg_ids[prep.test], kind="stable")
+    frequent = [c for c in codes if y[:, CODES.index(c)].sum() >= RARE]
+    return {
         "auroc": macro(aurocs, codes),
-        "groups": {g: macro(aurocs, s) for g, s in SETS.items()},
+        "groups": {group: macro(aurocs, some) for group, some in SETS.items()},
         "frequent": macro(aurocs, frequent),
         "auprc": rounded(np.nanmean(auprc)),
         "f1": rounded(np.nanmean(f1)),
         "fold 9": rounded(common.macro_auroc(prep.labels[prep.val], p.val)),
         "per batch": rounded(per_batch_auroc(y[by_id], p.test[by_id])),
-    }
-    each = {c: [*macro(aurocs, [c])[:3], *map(rounded, (auprc[i], f1[i], p.thresholds[i]))]
-            for i, c in enumerate(CODES) if c in p.meta["classes"]}
-    return numbers, each
+    }, per_class
 
 
-def cost_of(name, found, aurocs, args):
+# ---- A run
+
+def load_predictions(run, prep, args):
+    """{name: what 04 says of it} of the predictions of a run, with thresholds [C] and logits val
+    and test [., 71], NaN for labels that it does not model; final ones first, in ORDER."""
+    place = SimpleNamespace(run=run, prep=args.prep)
+    on_test, found = prep.test[prep.val | prep.test], {}
+    for path in sorted((run / "classifiers").glob("*.pt")):
+        model = re.sub("-(joint|projected|unprojected)$", "", path.stem)
+        if args.model and model not in args.model:
+            continue
+        saved = common.load(path, "04_fusion.py", place)
+        logits, thresholds = saved["logits"].numpy(), saved["thresholds"].numpy()
+        found[path.stem] = SimpleNamespace(
+            **saved["meta"], thresholds=thresholds, val=logits[~on_test], test=logits[on_test])
+    if all(name.endswith(STEPS) for name in found):
+        sys.exit(f"{run} has no such predictions: run 04_fusion.py first")
+    order = [*ORDER, *found]
+    return {name: found[name] for name in sorted(found, key=order.index)}
+
+
+def join_other(found, prep, args):
+    """Let the predictions of --against join `found` as "NAME of RUN2". Returns what to compare,
+    and {RUN2: has it the contrastive loss?} if the runs differ in the loss's lambdas alone."""
+    run_2 = args.against.name
+    theirs = load_predictions(args.against, prep, args)
+    a, b = (next(iter(some.values())).config for some in (found, theirs))
+    pairs = [(n, f"{n} of {run_2}") for n in theirs if n in found and not n.endswith(STEPS)]
+    found.update({name: theirs[n] for n, name in pairs})
+    loss, loss_2 = a["lambda_cntrst"] != 0, b["lambda_cntrst"] != 0
+    if loss == loss_2 or any(a[k] != b[k] and not k.startswith("lambda_") for k in a):
+        return {f"Against {run_2}": pairs}, {}
+    question = "Does the contrastive loss help? (4.2)" if loss else f"Against {run_2}"
+    return {question: pairs}, {run_2: loss_2}
+
+
+def cost_of(name, p, aurocs, args):
     """What interpretability cost: the AUROC of each step, and how much there is to read."""
-    meta, codes = found[name].meta, found[name].meta["classes"]
-    boxes = [f"blackbox-{name}", "blackbox-1d"]
-    steps = {s: name + s for s in STEPS} | {"sparse": name}
-    steps |= {"black box": b for b in boxes[::-1] if b in aurocs}
-    row = {s: macro(aurocs[n], codes)[0] for s, n in steps.items() if n in aurocs}
-    parts = [common.load(args.run / m / "prototypes.json", "03_project.py", args)
-             for m in meta["branches"]]
+    start = "blackbox-rhythm" if name == "rhythm" else "blackbox-1d"  # of its backbone
+    steps = {"sparse": name, **{step: name + step for step in STEPS}}
+    for box in (f"blackbox-{name}", "blackbox-1d", start):  # the last that there is
+        if box in aurocs:
+            steps["black box"] = box
+    row = {key: macro(aurocs[n], p.classes)[0] for key, n in steps.items() if n in aurocs}
+    paths = [args.run / branch / "prototypes.json" for branch in p.branches]
+    parts = [common.load(path, "03_project.py", args) for path in paths]
     count = [len(part["prototypes"]) for part in parts]
     gap = np.average([part["gap"] for part in parts], weights=count)
-    return {"name": name, **row, "nonzero": meta["nonzero"], "weights": meta["weights"],
-            "distinct": sum(part["distinct"] for part in parts), "gap": rounded(gap),
-            "prototypes": sum(count)}
+    distinct = sum(part["distinct"] for part in parts)
+    return {"name": name, **row, "nonzero": p.nonzero, "weights": p.weights, "gap": rounded(gap),
+            "prototypes": sum(count), "distinct": distinct}
 
 
 def measure(args, prep):
-    """All numbers of a run, as they stand in metrics.json; and its predictions."""
+    """All numbers of a run, as they stand in metrics.json, and its predictions."""
     found, pairs, against = load_predictions(args.run, prep, args), dict(PAIRS), {}
+    inputs = [(args.run / f"classifiers/{n}.pt", vars(p)) for n, p in found.items()]
+    made = common.provenance(args, *inputs)
     own = [n for n in found if not n.endswith(STEPS)]
-    final, first = [*own], found[own[0]].meta
-    contrastive = first["config"]["lambda_cntrst"] != 0
-    if args.against:  # its predictions join ours as "NAME of RUN2"
-        run_2 = args.against.name
-        theirs = {n: p for n, p in load_predictions(args.against, prep, args).items() if n in own}
-        found |= {f"{n} of {run_2}": p for n, p in theirs.items()}
-        final += [f"{n} of {run_2}" for n in theirs]
-        question, other = f"Against {run_2}", next(iter(theirs.values())).meta["config"]
-        if (other["lambda_cntrst"] != 0) != contrastive:
-            against[run_2] = not contrastive
-            question = "Does the contrastive loss help? (4.2)" if contrastive else question
-        pairs[question] = [(n, f"{n} of {run_2}") for n in theirs]
-
+    if args.against:
+        more, against = join_other(found, prep, args)
+        pairs.update(more)
     y, patients = prep.labels[prep.test], prep.patient_ids[prep.test]
-    weights = patient_weights(patients, DRAWS, SEED)
+    weights = patient_weights(patients, DRAWS, SEED)  # the same for all
     aurocs = {n: np.full((1 + DRAWS, len(CODES)), np.nan) for n in found}
     with threadpool_limits(1):  # many small products: on a busy machine threads would wait
-        for name, p in tqdm(found.items(), "bootstrap", leave=False, disable=None):
-            for c in columns(p.meta["classes"]):
-                aurocs[name][:, c] = weighted_auroc(y[:, c], p.test[:, c], weights)
-    predictions, per_class = {}, {}
-    for name in final:
-        codes = GROUPS[MODELS.get(name.partition(" of ")[0], (None, "all"))[1]]
-        predictions[name], per_class[name] = evaluate(found[name], aurocs[name], prep, codes)
-    differences = {
-        question: {f"{a} - {b}": macro(aurocs[a] - aurocs[b], CODES)
-                   for a, b in some if a in aurocs and b in aurocs}
-        for question, some in pairs.items()}
-    # which prediction stands for a group of labels: the first that has it
-    shown = {g: n for n in reversed(own) for g in BRANCHES
-             if set(GROUPS[g]) & set(found[n].meta["classes"])}
-    metas = [found[n].meta for n in own]
+        for name in tqdm(found, "bootstrap", leave=False, disable=None):
+            for c in columns(found[name].classes):
+                aurocs[name][:, c] = weighted_auroc(y[:, c], found[name].test[:, c], weights)
+
+    predictions, per_class, differences, trained, shown = {}, {}, {}, {}, {}
+    for name in [*own, *(n for n in found if " of " in n)]:
+        model = name.partition(" of ")[0]
+        codes = GROUPS[MODELS[model][1]] if model in MODELS else CODES
+        predictions[name], per_class[name] = numbers_of(found[name], aurocs[name], prep, codes)
+    for question, some in pairs.items():
+        for a, b in some:
+            if a in found and b in found:
+                rows = differences.setdefault(question, {})
+                rows[f"{a} - {b}"] = macro(aurocs[a] - aurocs[b], CODES)
+    for name in own:
+        trained.update(found[name].trained)
+        for group in BRANCHES:  # the first that has a group's labels stands for it
+            if set(GROUPS[group]) & set(found[name].classes):
+                shown.setdefault(group, name)
+        if name.startswith("blackbox"):
+            shown.setdefault("black box", name)
+    config = found[own[0]].config
     return {
-        **common.provenance(args, (prep.path, prep.info)), "run": args.run.name,
-        "commands": list(dict.fromkeys(c for meta in metas for c in meta["commands"])),
-        "config": first["config"], "contrastive": contrastive, "against": against,
-        **{k: first["config"][k] for k in ("recipe", "seed", "width")},
-        "trained": {k: v for meta in metas for k, v in meta["trained"].items()},
+        **made, "commands": made["commands"][:-1], "run": args.run.name, "config": config,
+        **{k: config[k] for k in ("recipe", "seed", "width")},
+        "contrastive": config["lambda_cntrst"] != 0, "against": against, "trained": trained,
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(patients)),
                    "test_positives": dict(zip(CODES, y.sum(0).tolist()))},
-        "left_out": prep.info["without_training_record"], "predictions": predictions,
-        "differences": {q: rows for q, rows in differences.items() if rows},
-        "cost": [cost_of(n, found, aurocs, args) for n in own if found[n].meta["branches"]],
+        "left_out": prep.info["without_training_record"], "rule": RULE.format(DRAWS),
+        "predictions": predictions, "differences": differences,
+        "cost": [cost_of(n, found[n], aurocs, args) for n in own if found[n].branches],
         "shown": shown, "per_class": per_class}, found
 
 
 # ---- results.md, all of it made from metrics.json
+
+RULE = ("Intervals: 95 % percentiles of {:,} bootstrap draws by patient, the same for all; a draw "
+        "moves a macro mean by what it moves the classes that it has, on average.")
+REPORT = """# Results of {run}
+
+Recipe {recipe}, seed {seed}, width {width}, {loss} contrastive loss. {counts[test]:,} test
+records (the paper: 2,198) of {counts[test_patients]:,} patients.
+
+## Headline
+{headline}
+
+Macro-AUROC of the logits on the whole of fold 10 at once. {rule} {rare}+ positives: over the
+classes with {rare} or more in fold 10. F1: at the logit with the best F1 on fold 9, or at 0
+for labels that are rare there. Fold 9: the fold that all choices were made on. Per batch: what the
+authors' code measures, the mean over batches of the AUROC over the classes that a batch has.
+
+## The paper's Tables 1 and 2
+{papers}
+
+{identity}
+
+## The cost of interpretability
+{costs}
+
+Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of
+Stage 3's classifier on the prototypes before and after projection; of a black box. Gap: mean of
+1 - cosine of a prototype and the patch that it became. Distinct: different patches in a class.
+
+## Training
+{training}
+
+## Label groups
+{groups}
+
+Strodthoff et al.'s rhythm task lacks 1AVB 2AVB 3AVB IVCD; it cannot be compared with the 16.
+
+## Paired differences
+{paired}
+
+## Classes
+{classes}
+
+Fewer than {rare} positives in fold 10, so that their intervals say little: {few}. Not
+modelled, without a training record: {missing}.
+"""
+
 
 def number(v, sign=""):
     """.9321 as the paper prints it, +.0012 or -.0000 with sign "+", a dash for None."""
@@ -246,179 +299,151 @@ def number(v, sign=""):
 
 def cell(v, sign=""):
     """[value, low, high, classes in it, codes] -> .9321 [.9250, .9390] (over 68 of 71)."""
-    text = f"{number(v[0], sign)} [{number(v[1], sign)}, {number(v[2], sign)}]"
-    return f"{text} (over {v[3]} of {v[4]})" if v[3:] and v[3] < v[4] else text
+    if v[0] is None:
+        return "–"
+    value, low, high = (number(x, sign) for x in v[:3])
+    some = f" (over {v[3]} of {v[4]})" if v[3:] and v[3] < v[4] else ""
+    return f"{value} [{low}, {high}]{some}"
 
 
 def table(head, rows):
-    """A markdown table, padded so that it reads in a terminal too."""
+    """A markdown table, padded for the terminal."""
     rows = [[str(c) for c in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * w for w in widths])
-    lines = [" | ".join(c.ljust(w) for c, w in zip(row, widths)) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+    padded = [[c.ljust(w) for c, w in zip(row, widths)] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def results(head, rows):
+    """A table with floats as `number` and lists as `cell`."""
+    show = {float: number, list: cell, type(None): number}
+    return table(head, [[show.get(type(c), str)(c) for c in row] for row in rows])
 
 
 def headline(m):
     """The table that the terminal shows too: every final prediction of the run."""
-    head = ["prediction", "macro-AUROC [95 %]", f"{RARE}+ positives", "AUPRC", "F1", "fold 9",
-            f"per batch of {BATCH}*"]
-    return table(head, [
-        [n, cell(p["auroc"]), f"{number(p['frequent'][0])} over {p['frequent'][3]}",
-         *(number(p[k]) for k in ("auprc", "f1", "fold 9", "per batch"))]
-        for n, p in m["predictions"].items()])
+    keys, rows = ("auprc", "f1", "fold 9", "per batch"), []
+    for name, p in m["predictions"].items():
+        rows.append([name, p["auroc"], p["frequent"][0], *map(p.get, keys)])
+    return results(["prediction", "macro-AUROC [95 %]", f"{RARE}+ positives", "AUPRC", "F1",
+                    "fold 9", f"per batch of {BATCH}"], rows)
 
 
 def paper_table(m):
     """The paper's Tables 1 and 2 with ours beside, for what the run has."""
-    suffix = {m["contrastive"]: "", **{on: f" of {run}" for run, on in m["against"].items()}}
+    suffix = {on: f" of {run}" for run, on in m["against"].items()} | {m["contrastive"]: ""}
+    rows, found = [], m["predictions"]
 
     def ours(name, contrastive):
-        p = m["predictions"].get(f"{name}{suffix.get(contrastive)}")
-        return cell(p["auroc"]) if p else "not run"
+        p = found.get(f"{name}{suffix.get(contrastive)}")
+        return p["auroc"] if p else "not run"
 
-    rows = []
     for setting, name, off, on, box, box_auroc in PAPER:
-        if name in m["predictions"] or box in m["predictions"]:
-            black_box = ours(box, m["contrastive"]) if box else "–"
-            rows.append([setting, number(off), ours(name, False), number(on), ours(name, True),
-                         number(box_auroc), black_box])
-    return table(["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours",
-                  "black box: paper", "ours"], rows)
+        if name in found or box in found:
+            own_box = ours(box, m["contrastive"]) if box else None
+            rows.append([setting, off, ours(name, False), on, ours(name, True), box_auroc, own_box])
+    return results(["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours",
+                    "black box: paper", "ours"], rows)
 
 
 def identity(m):
     """Whether the macro aggregation is what it must be, (16 r + 52 m + 3 g) / 71."""
-    each = [m["predictions"][b]["auroc"] for b in BRANCHES]
-    value, n = m["predictions"]["macro"]["auroc"][0], sum(v[3] for v in each)
-    total = sum(v[0] * v[3] for v in each if v[3]) / n
-    verdict = "equal" if abs(total - value) < 2e-5 else "NOT EQUAL"
+    if not {*BRANCHES, "macro"} <= m["predictions"].keys():
+        return ""
+    *each, value = (m["predictions"][name]["auroc"] for name in (*BRANCHES, "macro"))
+    total = sum(v[0] * v[3] for v in each if v[3]) / value[3]
+    verdict = "equal" if abs(total - value[0]) < 2e-5 else "NOT EQUAL"
     terms = " + ".join(f"{v[3]} x {number(v[0])}" for v in each)
-    return (f"Check: ({terms}) / {n} = {number(total)}; macro aggregation {number(value)}: "
-            f"{verdict}. (The paper's branches would give .8891 and .8970, where .8918 and .9048 "
-            "are printed; means over batches, which they are, need not obey this.)")
+    return (f"Check: ({terms}) / {value[3]} = {number(total)}; macro aggregation "
+            f"{number(value[0])}: {verdict}.")
 
 
 def cost_table(m):
     """What each step towards interpretability cost, and how much there is to read."""
-    steps = {"-joint": "joint", "-projected": "projected", "-unprojected": "sparse, unprojected",
-             "sparse": "sparse, projected", "black box": "black box", "gap": "gap"}
-    return table(
-        ["model", *steps.values(), "prototypes", "distinct", "non-zero weights"],
-        [[r["name"], *(number(r.get(s)) for s in steps), r["prototypes"], r["distinct"],
-          f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"] for r in m["cost"]])
+    keys, rows = [*STEPS, "sparse", "black box", "gap", "prototypes", "distinct"], []
+    for r in m["cost"]:
+        share = f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"
+        rows.append([r["name"], *map(r.get, keys), share])
+    return results(["model", "joint", "projected", "sparse, unprojected", "sparse, projected",
+                    *keys[4:], "non-zero weights"], rows)
 
 
 def training_table(m):
-    """How each model was trained; epoch 0 is the start, which training did not better."""
-    rows = []
-    for name, t in m["trained"].items():
-        kept = "0: the start" if t["best_epoch"] == 0 else t["best_epoch"]
-        rows.append([name, t["round"], f"{t['seconds'] / 60:.1f}", t["epochs"], kept,
-                     number(t["val_auroc"]), t["threads"], t["hardware"]])
-    return table(["model", "round", "minutes", "epochs", "epoch kept", "its fold 9", "threads",
-                  "hardware"], rows)
-
-
-def classes_table(m):
-    """Every label, by the prediction that stands for its group, beside a black box."""
-    box_name, box = beside(m)
-    return table(
-        ["label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1", "at logit", box_name],
-        [[c, name, m["counts"]["test_positives"][c], cell(v[:3]), *map(number, v[3:]),
-          cell(box[c][:3]) if c in box else "–"] for _, name, each in by_group(m)
-         for c, v in each.items()])
-
-
-def beside(m):
-    """(name, {code: its numbers}) of the black box to show beside classes."""
-    names = ["blackbox-1d", *(f"blackbox-{b}" for b in BRANCHES)]
-    return next(((n, m["per_class"][n]) for n in names if n in m["per_class"]), ("black box", {}))
+    """How each model was trained, and a line on those of which Stage 1 kept the start."""
+    keys, trained = ("round", "epochs", "best_epoch", "val_auroc", "hardware"), m["trained"].items()
+    rows = [[name, f"{t['seconds'] / 60:.1f}", *map(t.get, keys)] for name, t in trained]
+    kept = [name for name, t in trained if t["best_epoch"] == 0]
+    text = results(["model", "minutes", "round", "epochs", "best epoch", "its fold 9", "hardware"],
+                   rows)
+    if kept:
+        text += f"\n\nStage 1 kept the start, epoch 0, of {', '.join(kept)}."
+    return text
 
 
 def by_group(m):
     """[(group, the prediction that stands for it, {code: its numbers}, best first)]."""
     groups = []
-    for group, name in m["shown"].items():
-        each = {c: v for c, v in m["per_class"][name].items() if c in GROUPS[group] and v[0]}
-        groups.append((group, name, dict(sorted(each.items(), key=lambda item: -item[1][0]))))
+    for group in BRANCHES:
+        name = m["shown"].get(group)
+        known = [(c, v) for c, v in m["per_class"].get(name, {}).items()
+                 if c in GROUPS[group] and v[0] is not None]
+        best_first = sorted(known, key=lambda item: -item[1][0])
+        if known:
+            groups.append((group, name, dict(best_first)))
     return groups
 
 
 def report(m):
     """results.md of a run's metrics."""
-    positives, counts = m["counts"]["test_positives"], m["counts"]
-    rare = [c for _, _, each in by_group(m) for c in each if positives[c] < RARE]
-    loss = "with" if m["contrastive"] else "without"
-    out = [
-        f"# Results of {m['run']}",
-        f"Recipe {m['recipe']}, seed {m['seed']}, width {m['width']}, {loss} contrastive loss; "
-        f"{counts['test']:,} test records of {counts['test_patients']:,} patients.",
-        "## Headline", headline(m),
-        "Macro-AUROC of the logits on the whole of fold 10 at once. Intervals: 95 % percentiles of "
-        f"{DRAWS:,} bootstrap draws by patient, the same for all; a draw moves a macro mean by "
-        f"what it moves the classes that it has. {RARE}+ positives: over the classes with so many "
-        "in fold 10. F1: at the logit with the best F1 on fold 9, or at 0 for labels that are rare "
-        "there. Fold 9: the fold that all choices were made on.",
-        f"\\* as the authors log it: the mean over batches of {BATCH} of the AUROC over the "
-        "classes that occur in the batch.",
-        "## The paper's Tables 1 and 2", paper_table(m)]
-    if counts["test"] != 2198:
-        out.insert(2, "**Not the paper's test set**, which has 2,198 records.")
-    if all(n in m["predictions"] for n in ("macro", *BRANCHES)):
-        out.append(identity(m))
-    out += [
-        "## The cost of interpretability", cost_table(m),
-        "Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; "
-        "of Stage 3's classifier on the prototypes before and after projection; of a black box. "
-        "Gap: mean of 1 - cosine of a prototype and the patch that it became. Distinct: different "
-        "patches within each class.",
-        "## Training", training_table(m),
-        "## Label groups",
-        table(["prediction", *(f"{s} ({len(c)})" for s, c in SETS.items())], [
-            [n, *(cell(v) if v[3] else "–" for v in p["groups"].values())]
-            for n, p in m["predictions"].items()]),
-        "Strodthoff et al.'s rhythm task lacks 1AVB 2AVB 3AVB IVCD; it cannot be compared with "
-        "the 16.",
-        "## Paired differences"]
-    for question, rows in m["differences"].items():
-        out.append(table(
-            [question, "classes", "AUROC [95 %]", "interval excludes 0"],
-            [[what, v[3], cell(v[:3], "+"), "yes" if v[1] > 0 or v[2] < 0 else "no"]
-             for what, v in rows.items() if v[3]]))
-    out += [
-        "## Classes", classes_table(m),
-        f"Fewer than {RARE} positives in fold 10, so that their intervals say little: "
-        f"{' '.join(rare) or 'none'}. Not modelled, without a training record: "
-        f"{' '.join(m['left_out']) or 'none'}."]
-    return "\n\n".join(out) + "\n"
+    found, positives = m["predictions"], m["counts"]["test_positives"]
+    sets = [s for s in SETS if any(p["groups"][s][3] for p in found.values())]
+    groups = [[name, *(p["groups"][s] for s in sets)] for name, p in found.items()]
+    box_name, classes, paired, few = m["shown"].get("black box", "black box"), [], [], []
+    for _, name, each in by_group(m):
+        few += [c for c in each if positives[c] < RARE]
+        for c, v in each.items():
+            box = m["per_class"].get(box_name, {}).get(c, [None])
+            classes.append([c, name, positives[c], v[:3], *v[3:], box[:3]])
+    for question, pairs in m["differences"].items():
+        rows = [[what, v[3], cell(v[:3], "+"), ["no", "yes"][v[1] > 0 or v[2] < 0]]
+                for what, v in pairs.items() if v[3]]
+        paired.append(table([question, "classes", "AUROC [95 %]", "interval excludes 0"], rows))
+    return REPORT.format(
+        **m, rare=RARE, loss=["without", "with"][m["contrastive"]], headline=headline(m),
+        papers=paper_table(m), identity=identity(m), costs=cost_table(m),
+        training=training_table(m), paired="\n\n".join(paired),
+        groups=results(["prediction", *(f"{s} ({len(SETS[s])})" for s in sets)], groups),
+        classes=results(["label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1",
+                         "at logit", box_name], classes),
+        few=" ".join(few) or "none", missing=" ".join(m["left_out"]) or "none")
 
 
 # ---- Figures, in colours of Okabe and Ito that the colour-blind can tell apart
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
+TERMS = {"bce": BLUE, "clst": ORANGE, "sep": GREEN, "div": "#CC79A7", "cntrst": "black"}
 
 
 def plot_classes(m):
     """Every class with its interval, by group, best first, in columns read from top to bottom."""
-    positives, (box_name, box), rows = m["counts"]["test_positives"], beside(m), []
+    positives, box_name = m["counts"]["test_positives"], m["shown"].get("black box", "black box")
+    rows, none = [], [np.nan] * 3
     for group, name, each in by_group(m):
-        rows += [(f"{group} labels ({name})", None), *each.items()]
+        rows.append((f"{group.upper()} ({name})", none, none, BLUE))
+        for c, v in each.items():
+            box = m["per_class"].get(box_name, {}).get(c, none)
+            fill = "white" if positives[c] < RARE else BLUE
+            rows.append((f"{c}  {positives[c]}", v, box, fill))
     height = -(-len(rows) // -(-len(rows) // 26))  # rows of a column
     parts = [rows[i:i + height] for i in range(0, len(rows), height)]
     fig = Figure((4.8 * len(parts), 1.5 + 0.24 * height), layout="constrained")
     for ax, part in zip(fig.subplots(1, len(parts), sharex=True, squeeze=False)[0], parts):
-        names = [f"{c}  {positives[c]}" if v else c for c, v in part]
-        ax.set_yticks(range(len(part)), names, fontsize=8)
-        for i, (c, v) in enumerate(part):
-            if v is None:
-                ax.get_yticklabels()[i].set_fontweight("bold")
-                continue
-            fill = "white" if positives[c] < RARE else BLUE
+        for i, (_, v, box, fill) in enumerate(part):
             ax.plot(v[1:3], [i, i], color=BLUE, lw=1.5)
             ax.plot(v[0], i, "o", color=BLUE, mfc=fill, ms=5)
-            if c in box:
-                ax.plot(box[c][0], i, "|", color=ORANGE, ms=9, mew=2)
+            ax.plot(box[0], i, "|", color=ORANGE, ms=9, mew=2)
+        ax.set_yticks(range(len(part)), [row[0] for row in part], fontsize=8)
         ax.set(ylim=(height - 0.5, -0.5), xlabel="AUROC, fold 10")
         ax.grid(axis="x", color=GREY, lw=0.5)
         ax.spines[["top", "right", "left"]].set_visible(False)
@@ -428,67 +453,68 @@ def plot_classes(m):
 
 
 def plot_roc(m, y, found):
-    """ROC curves by group, the three most frequent classes in colour, and their mean."""
-    fig, grid = Figure((4.4 * len(m["shown"]), 5), layout="constrained"), np.linspace(0, 1, 501)
-    axes = fig.subplots(1, len(m["shown"]), squeeze=False)[0]
-    for ax, (group, name, each) in zip(axes, by_group(m)):
-        frequent = sorted(each, key=m["counts"]["test_positives"].get)[-3:]
-        colour, curves = dict(zip(frequent, (GREEN, ORANGE, BLUE))), []
-        for c in sorted(each, key=colour.__contains__):
+    """ROC curves by group, of the most frequent class in colour, and their mean."""
+    groups, grid = by_group(m), np.linspace(0, 1, 501)
+    fig = Figure((4.4 * len(groups), 5), layout="constrained")
+    axes = fig.subplots(1, len(groups), squeeze=False)[0]
+    for ax, (group, name, each) in zip(axes, groups):
+        curves = []
+        for c in sorted(each, key=m["counts"]["test_positives"].get):
             i = CODES.index(c)
             false, true, _ = roc_curve(y[:, i], found[name].test[:, i])
             curves.append(np.interp(grid, false, true))
-            label = f"{c} {number(each[c][0])}" if c in colour else None
-            ax.plot(false, true, color=colour.get(c, GREY), lw=1.6 if label else 0.6, label=label)
+            ax.plot(false, true, color=GREY, lw=0.6)
+        ax.plot(false, true, color=BLUE, lw=1.6, label=f"{c} {number(each[c][0])}")
         ax.plot(grid, np.mean(curves, 0), "k--", lw=2, label=f"mean of {len(curves)}")
-        ax.legend(loc="lower right", fontsize=9, framealpha=0.9, edgecolor="none")
-        ax.set(title=f"{group} labels ({name})", xlabel="1 - specificity", ylabel="sensitivity",
-               aspect="equal")
-    fig.suptitle("ROC curves on fold 10; grey: the less frequent classes", fontsize=10)
+        ax.legend(loc="lower right", fontsize=9)
+        ax.set(title=f"{group} labels ({name})", aspect="equal")
+        ax.set(xlabel="1 - specificity", ylabel="sensitivity")
+    fig.suptitle("ROC curves on fold 10; blue: the most frequent class", fontsize=10)
     return fig
 
 
 def plot_training(run, names):
     """Fold-9 macro-AUROC and the terms of Eq. (2) of each model by epoch, from log.jsonl."""
-    fig = Figure((4.0 * len(names), 5.5), layout="constrained")
-    for i, (name, column) in enumerate(zip(names, fig.subplots(2, len(names), squeeze=False).T)):
+    fig = Figure((9, 2.4 * len(names)), layout="constrained")
+    axes = fig.subplots(len(names), 2, squeeze=False)
+    for name, (left, right) in zip(names, axes):
         lines = (run / name / "log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
-        aurocs = [e["val_auroc"] for e in log]
-        column[0].plot([e["epoch"] for e in log], aurocs, "o-", color=BLUE, ms=3)
-        column[0].set(title=name)
-        later = [e for e in log if "bce" in e]
-        for term, colour in zip(("bce", "clst", "sep", "div", "cntrst"),
-                                (BLUE, ORANGE, GREEN, "#CC79A7", "black")):
-            values = np.array([e.get(term, np.nan) for e in later])
-            largest = np.abs(values).max(initial=1e-12)
-            column[1].plot([e["epoch"] for e in later], values / largest, color=colour, label=term)
-        column[1].set(xlabel="epoch")
-        if i == 0:
-            column[0].set(ylabel="macro-AUROC, fold 9")
-            column[1].set(ylabel="terms of Eq. (2), each over its largest")
-            column[1].legend(fontsize=8)
+        epochs = [line["epoch"] for line in log]
+        left.plot(epochs, [line["val_auroc"] for line in log], "o-", color=BLUE, ms=3)
+        left.set(ylabel=name, xlabel="epoch", title="macro-AUROC, fold 9")
+        for term, colour in TERMS.items():
+            values = np.array([line.get(term, np.nan) for line in log])
+            if np.isfinite(values).any():
+                values /= np.nanmax(np.abs(values))
+                right.plot(epochs, values, ".-", color=colour, label=term)
+                right.legend(fontsize=8)
+        right.set(xlabel="epoch", title="terms of Eq. (2), each over its largest")
     return fig
 
 
 # ---- results.html: results.md, figures and cases in one file, for the browser and for paper
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 0 auto;
-  padding: 0 16px 48px }
-h2 { border-bottom: 2px solid #0b4f8a; margin-top: 40px; color: #0b4f8a }
-h2, h3 { break-after: avoid }
-h1, h2, h3, p, figcaption { overflow-wrap: anywhere }
-.wide { overflow-x: auto; margin: 16px 0 } table { border-collapse: collapse; font-size: 14px }
-th, td { border-bottom: 1px solid #ccc; padding: 3px 12px 3px 0; text-align: left }
-td { font-variant-numeric: tabular-nums } tr { break-inside: avoid }
-pre { background: #f1f1f1; padding: 12px; overflow-x: auto; white-space: pre-wrap }
-figure { margin: 16px 0; break-inside: avoid }
-img { max-width: 100% } figcaption { font-size: 14px }
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>TITLE</title><style>
+body { font: 16px/1.5 sans-serif; max-width: 1100px; margin: auto; padding: 16px }
+h1, h2, h3, p, pre, figcaption { overflow-wrap: anywhere }
+h2 { border-bottom: 2px solid; margin-top: 40px; color: #0b4f8a }
+h2, h3 { break-after: avoid } tr, figure { break-inside: avoid }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 16px 0 }
+th, td { border-bottom: 1px solid #ccc; padding: 3px 12px 3px 0; text-align: left; font-size: 14px }
+td { white-space: nowrap } pre { background: #f1f1f1; padding: 12px; white-space: pre-wrap }
+figure { margin: 16px 0 } img { max-width: 100% }
 @page { size: A4; margin: 14mm }
-@media print { body { max-width: none; padding: 0; font-size: 10pt } .wide { overflow: visible }
-  table { font-size: 7pt } th, td { padding-right: 5px } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt } table { display: table }
+  th, td { font-size: 7pt; padding-right: 5px; white-space: normal } img { max-height: 240mm } }
+</style></head><body><p>For research, not for clinical use.</p>
 """
+FIGURES = {"per_class_auroc": "AUROC of each class on fold 10 with its 95 % interval",
+           "roc": "ROC curves on fold 10", "training": "Training"}
 
 
 def plain(text):
@@ -500,107 +526,78 @@ def image(path, text):
     """A PNG file as a figure that is part of the page."""
     data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(text)
     return (f'<figure><img src="data:image/png;base64,{data}" alt="{text}">'
-            f"<figcaption>{text}</figcaption></figure>")
+            f"<figcaption>{text}</figcaption></figure>\n")
 
 
-def case_html(path, render):
+def case_html(path, args, render):
     """A case that 06 explained: its labels, the prototypes that speak for them, its pages."""
-    case = json.loads(path.read_text())
-    true = "not known" if case["true_labels"] is None else " ".join(case["true_labels"]) or "none"
+    case = common.load(path, "06_plot_prototypes.py")
+    if common.changed_input(case, args):
+        return render(f"{plain(path)} is of another model: run 06_plot_prototypes.py again.")
     rows, pages = [], []
     for r in case["explained"]:
-        verdict = f"{r['probability']:.3g} (threshold {r['threshold']:.3g})"
         for q in r["prototypes"]:
-            who = f"{q['model']} {q['index']}, training ECG {q['ecg_id']}"
-            rows.append([plain(r["label"]), verdict, plain(who), plain(" ".join(q["labels"])),
-                         f"{q['similarity']:.3f}", f"{q['contribution']:+.3f}"])
-            pages.append(image(path.parent / q["page"], f"{case['title']}: {r['label']}, {who}"))
-    text = table(["label", "probability", "prototype", "its labels", "similarity", "contribution"],
-                 rows)
-    head = f"### {plain(case['title'])}\n\nTrue labels: {plain(true)}.\n\n"
-    return render(head + text) + "".join(pages)
+            who = f"{q['model']} {q['index']}"
+            labels = plain(" ".join(q["labels"]))
+            rows.append([plain(r["label"]), r["probability"], r["threshold"], who, q["ecg_id"],
+                         labels, q["similarity"], number(q["contribution"], "+")])
+            text = f"{case['title']} (left) and prototype {who} (right), for {r['label']}"
+            pages.append(image(path.parent / q["page"], text))
+    true = plain(" ".join(case["true_labels"] or ["not known"]))
+    rows = results(["label", "probability", "threshold", "prototype", "training ECG", "its labels",
+                    "similarity", "contribution"], rows)
+    return render(f"### {plain(case['title'])}\n\nTrue labels: {true}\n\n{rows}") + "".join(pages)
 
 
-def write_html(run, m, text):
-    """Write RUN/results.html, without links to anything outside it."""
-    md = MarkdownIt("commonmark", {"html": False}).enable("table")
-    md.add_render_rule("table_open", lambda *_: '<div class="wide"><table>')
-    md.add_render_rule("table_close", lambda *_: "</table></div>")
-    captions = {"per_class_auroc": "AUROC of each class on fold 10 with its 95 % interval",
-                "roc": "ROC curves on fold 10",
-                "training": "Training: macro-AUROC on fold 9 and the terms of Eq. (2)"}
-    body = md.render(text) + "<h2>Figures</h2>"
-    body += "".join(image(run / "figures" / f"{n}.png", c) for n, c in captions.items())
-    cases = sorted((run / "cases").glob("*.json"))
-    if cases:
-        body += "<h2>Cases</h2>" + "".join(case_html(path, md.render) for path in cases)
+def results_html(args, m, text):
+    """results.md, figures and cases as a page without links to anything outside it."""
+    render = MarkdownIt("commonmark", {"html": False}).enable("table").render
+    page = PAGE.replace("TITLE", html.escape(f"ProtoECGNet: {m['run']}")) + render(text)
+    page += "<h2>Figures</h2>"
+    for name, about in FIGURES.items():
+        page += image(args.run / f"figures/{name}.png", about)
+    page += "<h2>ECGs explained</h2>"
+    cases = sorted((args.run / "cases").glob("*.json"))
+    for path in cases:
+        page += case_html(path, args, render)
+    if not cases:
+        page += "<p>None yet: run 06_plot_prototypes.py --case ECG_ID, then 05_evaluate.py.</p>"
     commands = html.escape("\n".join(m["commands"]))
-    body += f"<h2>Commands that made this run</h2><pre>{commands}</pre>"
-    title = html.escape(f"ProtoECGNet: {m['run']}")
-    common.save(run / "results.html", f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>{STYLE}</style></head><body>
-<p>For research, not for clinical use.</p>{body}</body></html>
-""")
+    return page + f"<h2>Commands that made this</h2><pre>{commands}</pre></body></html>\n"
 
 
 # ---- Table 3 (4.4)
 
-def read_ratings(path):
-    """(reviewer, {prototype: rating}, the prototypes' fingerprints) that 06's page exported."""
-    scale = (1, 2, 3, 4, 5, None)
-    try:
-        value = json.loads(path.read_text())
-        right = value["kind"] == "protoecgnet-ratings" and str(value["reviewer"]).strip()
-        for r in value["ratings"].values():
-            right = right and {r["representativeness"], r["clarity"]} <= set(scale)
-            r["mark"]
-    except (AttributeError, KeyError, OSError, TypeError, ValueError):
-        right = False
-    if not right:
-        sys.exit(f"{path} does not hold ratings exported from 06_plot_prototypes.py --review")
-    return str(value["reviewer"]), value["ratings"], str(value["made"])
-
-
 def ratings_table(files):
-    """Mean and 95 % interval (normal) of each reviewer and criterion, without prototypes that any
-    reviewer marked as a label error, and quadratically weighted kappa of each two reviewers."""
-    found = [read_ratings(f) for f in files]
-    reviewers = {reviewer: ratings for reviewer, ratings, _ in found}
-    if len({made for _, _, made in found}) > 1 or len(reviewers) < len(files):
-        sys.exit("the files are of different models or of one reviewer: give one for each reviewer")
-    wrong = {j for each in reviewers.values() for j in each if each[j]["mark"] == "label-error"}
-
-    def scores(reviewer, criterion):
-        ratings = reviewers[reviewer].items()
-        return {j: r[criterion] for j, r in ratings if j not in wrong and r[criterion]}
-
-    rows = []
-    for reviewer in reviewers:
-        row = [reviewer]
-        for criterion in ("representativeness", "clarity"):
-            v = np.array([*scores(reviewer, criterion).values()], float)
+    """Print mean and 95 % interval (normal) of each reviewer's ratings, which 06's page exported,
+    and quadratically weighted kappas, without prototypes that anyone marked as a label error."""
+    found = [json.loads(f.read_text()) for f in files]
+    reviewers = {r.get("reviewer"): r.get("ratings") for r in found}
+    kinds = {(r.get("kind"), str(r.get("made"))) for r in found}
+    if len(kinds) > 1 or len(reviewers) < len(files) or "protoecgnet-ratings" not in kinds.pop():
+        sys.exit("these are not ratings of one review page of 06, one file for each reviewer")
+    criteria = "representativeness", "clarity"
+    marks = {(j, r["mark"]) for ratings in reviewers.values() for j, r in ratings.items()}
+    wrong = {j for j, mark in marks if mark == "label-error"}
+    rated, scores, rows = sorted({j for j, _ in marks} - wrong), {}, []
+    for name, ratings in reviewers.items():
+        each = [[ratings.get(j, {}).get(k) for j in rated] for k in criteria]
+        scores[name], row = np.array(each, float), [name]  # [2, prototypes], NaN: not rated
+        for v in scores[name]:
+            v = v[np.isfinite(v)]
             half = 1.96 * v.std(ddof=1) / len(v) ** 0.5
-            interval = f" [{v.mean() - half:.2f}, {v.mean() + half:.2f}]" if len(v) > 1 else ""
-            row.append(f"{v.mean():.2f}{interval} of {len(v)}" if len(v) else "–")
+            row.append(f"{v.mean():.2f} [{v.mean() - half:.2f}, {v.mean() + half:.2f}] of {len(v)}")
         rows.append(row)
     rows += [["paper: cardiologist", "4.29 [4.22, 4.35]", "4.48 [4.42, 4.54]"],
              ["paper: internist", "3.59 [3.52, 3.66]", "4.73 [4.69, 4.77]"]]
-    for a, b in itertools.combinations(reviewers, 2):
+    for a, b in itertools.combinations(scores, 2):
         row = [f"weighted kappa, {a} and {b}"]
-        for criterion in ("representativeness", "clarity"):
-            x, y = scores(a, criterion), scores(b, criterion)
-            both = sorted(x.keys() & y.keys())
-            pairs = [x[j] for j in both], [y[j] for j in both]
-            kappa = np.nan
-            if both:
-                kappa = cohen_kappa_score(*pairs, labels=[1, 2, 3, 4, 5], weights="quadratic")
-            row.append(f"{kappa:.2f} of {len(both)}" if np.isfinite(kappa) else "–")
+        for x, y in zip(scores[a], scores[b]):
+            both = np.isfinite(x + y)
+            kappa = cohen_kappa_score(x[both], y[both], labels=range(1, 6), weights="quadratic")
+            row.append(f"{kappa:.2f} of {both.sum()}")
         rows.append(row)
-    print(table(["1-5, mean [95 %]", "representativeness", "clarity"], rows))
+    print(table(["1-5, mean [95 %]", *criteria], rows))
     print(f"left out, marked as label errors by a reviewer: {len(wrong)}")
 
 
@@ -617,20 +614,19 @@ def main():
     common.save(args.run / "metrics.json", m)
     if args.save:
         small = {k: v for k, v in m.items() if k != "per_class"}
-        common.save(Path(__file__).parent / "tests" / "results" / f"{args.save}.json", small)
-    y = prep.labels[prep.test]
-    figures = {"per_class_auroc": plot_classes(m), "roc": plot_roc(m, y, found),
-               "training": plot_training(args.run, [*m["trained"]])}
-    for name, figure in figures.items():
-        figure.savefig(content := io.BytesIO(), format="png", dpi=130)
-        common.save(args.run / "figures" / f"{name}.png", content.getvalue())
-    text = report(m)
-    common.save(args.run / "results.md", text)
-    write_html(args.run, m, text)
-    name, first = next(iter(m["predictions"].items()))
+        common.save(Path(__file__).parent / f"tests/results/{args.save}.json", small)
+    y, trained = prep.labels[prep.test], list(m["trained"])
+    figures = plot_classes(m), plot_roc(m, y, found), plot_training(args.run, trained)
+    for name, figure in zip(FIGURES, figures):
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=130)
+        common.save(args.run / f"figures/{name}.png", content.getvalue())
+    text, path = report(m), args.run / "results.md"
+    common.save(path, text)
+    common.save(args.run / "results.html", results_html(args, m, text))
     print(headline(m))
-    print(f"{args.run}: {name} {cell(first['auroc'][:3])} over {first['auroc'][3]} classes -> "
-          f"{args.run / 'results.md'}")
+    name, p = next(iter(m["predictions"].items()))
+    print(f"{args.run}: {name} {cell(p['auroc'][:3])} over {p['auroc'][3]} classes -> {path}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Write tests/results/README.md: all tables, from the numbers that `05_evaluate.py --save NAME` kept in tests/results/.
+"""Writes tests/results/README.md: all tables, from what `05_evaluate.py --save NAME` kept.
 
     python tests/tables.py            write the page
     python tests/tables.py --glance   print the table of the project's README
-
-Runs that differ in nothing but seed stand in one cell: mean ± standard deviation over seeds, and the mean of their
-intervals' ends.
 """
 import importlib
+import itertools
 import json
 import sys
 from dataclasses import asdict, replace
@@ -18,148 +16,234 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-from common import BRANCHES  # noqa: E402
+from common import BOXES, BRANCHES  # noqa: E402
 
 evaluate = importlib.import_module("05_evaluate")
-table, number, cell, PAPER = evaluate.table, evaluate.number, evaluate.cell, evaluate.PAPER
+PAPER, cell, number, table = evaluate.PAPER, evaluate.cell, evaluate.number, evaluate.results
 RESULTS = ROOT / "tests" / "results"
+MORE = [("fusion, own-class weights only", "fusion-own", *[None] * 4),
+        ("black box, 1D, 71", "blackbox-1d", None, .9219, None, None)]
 ABLATED = "fusion", "fusion-own", *BRANCHES
+WITHOUT = {  # the contrastive loss (Appendix E)
+    "default": dict(lambda_cntrst=0.0),
+    "paper": dict(lambda_cntrst=0.0, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)}
+DIGITS = {"dead": 0, "purity lift": 1, "prototypes for 95 %": 1}
+COURSE = [  # size against quality: what, prediction, width, settings that are not the recipe's
+    ("rhythm branch, width 32", "rhythm", 32, ()),
+    ("the same, started from a black box on 71 labels", "rhythm", 32, ("rhythm_alone False",)),
+    ("rhythm branch, width 64", "rhythm", 64, ()),
+    ("black box, width 32", "blackbox-rhythm", 32, ()),
+    ("black box, width 64", "blackbox-rhythm", 64, ())]
 HEAD = """# All results
 
-Written by `python tests/tables.py` from `tests/results/*.json`, where settings, seed and hardware of each run stand.
-Macro-AUROC on the 2,198 records of fold 10, from saved logits; in brackets 95 % intervals from 1,000 bootstrap draws of
-patients. They are too narrow where labels have few positives. A paired difference is over the labels that both models
-have; its interval covers test patients, not seeds.
+Written by `python tests/tables.py` from `tests/results/*.json`. Macro-AUROC on the 2,198 records of
+fold 10; in brackets 95 % intervals over test patients, too narrow where labels have few positives.
+Paired differences are over the labels that both models have. With several seeds: mean ± standard
+deviation over seeds, and the mean of their intervals' ends.
 
-Fold 10 is not wholly untouched: the starting point of the default recipe came from trials that had seen it, Stage 3's
-choice of the L1 strength and the construction of intervals were mended after a look at it. All else was chosen on fold 9.
-The paper recipe here has half width, no ImageNet weights and at most 25 epochs a round."""
+Fold 10 is not wholly untouched: the starting point of the default recipe came from trials that had
+seen it, and Stage 3's choice of the L1 strength and the construction of intervals were mended after
+a look at it. All else was chosen on fold 9. The paper recipe here has half width, no ImageNet
+weights and at most 25 epochs a round."""
 
 
 def load_runs():
-    """The saved runs: a recipe's widest first, then by changes of settings, contrastive loss and seed."""
+    """The saved runs: a recipe's widest first, then those with the fewest changes of settings."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return sorted(runs, key=lambda r: (
-        r["recipe"], -r["width"], len(changed(r)), changed(r), not r["contrastive"], r["seed"]))
+    return sorted(runs, key=lambda r: (r["recipe"], -r["width"], len(changed(r)), changed(r),
+                                       not r["contrastive"], r["seed"]))
 
 
-def changed(run, free=("seed", "width", "recipe", "rounds")):
-    """The settings of a run that are not its recipe's, as a tuple of texts."""
+def changed(run):
+    """What settings of a run are not its recipe's, but for seed, width and contrastive loss."""
     base = common.RECIPES[run["recipe"]]
     if not run["contrastive"]:
-        paper = dict(lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0) if run["recipe"] == "paper" else {}
-        base = replace(base, lambda_cntrst=0.0, **paper)
+        base = replace(base, **WITHOUT[run["recipe"]])
     usual = json.loads(json.dumps(asdict(base)))
-    if "rhythm_alone" in run["config"]:  # a run of the first draft, whose words were others
+    if "rhythm_alone" in run["config"]:  # saved with other words for the same
         usual.update(rhythm_alone=True, start=usual["start"].replace("blackbox", "blackbox-1d"))
-    return tuple(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != usual.get(k))
+    usual.update(seed=run["seed"], width=run["width"])
+    config = run["config"]
+    found = [f"{k} {v}" for k, v in config.items() if v != usual.get(k)]
+    for name in [n for n in run["trained"] if n not in BOXES]:
+        own = run["trained"][name].get("config", config).items()
+        found += [f"{k} {v} ({name})" for k, v in own if v != config[k]]
+    return tuple(found)
 
 
-def pooled(runs, name, key="auroc"):
-    """A cell for runs that differ in seed; "per batch" and "fold 9" have no interval."""
-    found = [r["predictions"][name][key] for r in runs if name in r["predictions"]]
-    if not found:
+def pooled(runs, name, contrastive=None, key="auroc", note=True):
+    """A cell for runs that differ in seed; "per batch" and "fold 9" have no interval. contrastive
+    None takes runs with and without that loss; a note says of how many seeds it is."""
+    by_seed = {r["seed"]: r["predictions"][name][key] for r in runs
+               if name in r["predictions"] and contrastive in (None, r["contrastive"])}
+    if not by_seed:
         return "not run"
-    if len(found) == 1:
-        return cell(found[0]) if key == "auroc" else number(found[0])
-    values = np.array(found, float).reshape(len(found), -1)
-    text = f"{number(values[:, 0].mean())} ± {number(values[:, 0].std(ddof=1))}"
-    if key != "auroc":
-        return text
-    return f"{text} [{number(values[:, 1].mean())}, {number(values[:, 2].mean())}]"
-
-
-def groups(runs):
-    """{(recipe, width, changes, contrastive): runs that differ in nothing but seed}."""
-    found = {}
-    for r in runs:
-        found.setdefault((r["recipe"], r["width"], ", ".join(changed(r)), r["contrastive"]), []).append(r)
-    return found
+    if len(by_seed) == 1:
+        [(seed, v)] = by_seed.items()
+        text = cell(v) if key == "auroc" else number(v)
+        several = len({r["seed"] for r in runs}) > 1
+        return f"{text} (seed {seed})" if note and several else text
+    values = np.array([*by_seed.values()], float).reshape(len(by_seed), -1)
+    mean = [number(v) for v in values.mean(0)]
+    text = f"{mean[0]} ± {number(values[:, 0].std(ddof=1))}"
+    text += f" ({len(by_seed)} seeds)" if note else ""
+    return f"{text} [{mean[1]}, {mean[2]}]" if key == "auroc" else text
 
 
 def glance(runs):
-    """The README's table: the default recipe of width 32, the paper recipe and the paper, by both measures."""
-    some = groups(runs)
-    ours = some["default", 32, "", True]
-    paper = next(each for (recipe, *_, contrastive), each in some.items() if recipe == "paper" and contrastive)
-    rows = [(setting, name, on) for setting, name, _, on, *_ in PAPER if name in ours[0]["predictions"]]
-    rows += [("fusion, own-class weights only", "fusion-own", None), ("black box, 1D, 71", "blackbox-1d", .9219)]
-    return table(
-        ["macro-AUROC, fold 10", "paper*", "authors' settings*", "ours*", "authors' settings", "ours [95 %]"],
-        [[setting, number(on), pooled(paper, name, "per batch"), pooled(ours, name, "per batch"),
-          number(paper[0]["predictions"][name]["auroc"][0]) if name in paper[0]["predictions"] else "not run",
-          pooled(ours, name)] for setting, name, on in rows])
-
-
-def paper_tables(some, key="auroc"):
-    """Tables 1 and 2 beside runs with and without contrastive loss {True: runs, False: runs}."""
-    every = some.get(True, []) + some.get(False, [])
-    head = ["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours", "black box: paper", "ours"]
+    """The README's table: the paper, its authors' settings and ours, by both measures."""
+    ours = [r for r in runs if r["recipe"] == "default" and r["width"] == 32
+            and r["contrastive"] and not changed(r)]
+    paper = [r for r in runs if r["recipe"] == "paper" and r["contrastive"]]
     rows = []
-    for setting, name, off, on, box, box_auroc in PAPER:
-        black_box = pooled([r for r in every if box in r["predictions"]], box, key) if box else "–"
-        rows.append([setting, number(off), pooled(some.get(False, []), name, key), number(on),
-                     pooled(some.get(True, []), name, key), number(box_auroc), black_box])
-    return table(head, rows)
+    for what, name, _, on, *_ in PAPER + MORE:
+        if not name.startswith("all-"):
+            batch, whole = (pooled(paper, name, key=key) for key in ("per batch", "auroc"))
+            rows.append([what, on, batch, pooled(ours, name, key="per batch", note=False),
+                         whole.split(" [")[0], pooled(ours, name, note=False)])
+    return table(["macro-AUROC, fold 10", "paper*", "authors' settings*", "ours*",
+                  "authors' settings", "ours [95 %]"], rows)
+
+
+def recipes_table(recipes):
+    """Recipes {what: runs} as they are side by side, by both measures."""
+    heads, rows = [], []
+    for what, runs in recipes.items():
+        seeds = {r["seed"] for r in runs if r["contrastive"]}
+        only = f", seed {min(seeds)}" if len(seeds) == 1 else ""
+        heads.append(what.replace(" recipe", "") + only)
+    for what, name, _, on, *_ in PAPER + MORE:
+        loss = None if name in BOXES else True
+        rows.append([what, on, *(pooled(runs, name, loss, key) for key in ("per batch", "auroc")
+                                 for runs in recipes.values())])
+    return table(["macro-AUROC", "paper*", *(f"{head}*" for head in heads), *heads], rows)
+
+
+def paper_table(runs, key="auroc"):
+    """Tables 1 and 2 beside runs that differ in seed and contrastive loss."""
+    rows = []
+    for what, name, off, on, box, box_auroc in PAPER:
+        without, with_, ours = (pooled(runs, *some, key) for some in (
+            (name, False), (name, True), (box, None)))
+        rows.append([what, off, without, on, with_, box_auroc, ours if box else None])
+    return table(["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours",
+                  "black box: paper", "ours"], rows)
+
+
+def answer(question, v):
+    """What a paired difference [value, low, high] says to a question of the paper's section 4."""
+    if "?" not in question:
+        return "–"
+    if v[1] <= 0 <= v[2]:
+        return "no difference shown"
+    return "no" if v[2] < 0 else "yes, better" if question.startswith("As good") else "yes"
 
 
 def paired_table(runs):
     """Paired differences of runs that differ in seed, a column each."""
-    rows, seeds = {}, [r["seed"] for r in runs]
+    seeds, found, rows = sorted({r["seed"] for r in runs}), {}, []
     for r in runs:
         for question, pairs in r["differences"].items():
             for pair, v in pairs.items():
                 if v[3] and v[1] < v[2]:  # no interval: predictions of one and the same model
-                    rows.setdefault((question, pair), {})[r["seed"]] = v
-    return table(["question", "difference", *(f"seed {s}: AUROC [95 %]" for s in seeds)], [
-        [question, pair, *(cell(v[s][:3], "+") if s in v else "–" for s in seeds)]
-        for (question, pair), v in rows.items()])
+                    found.setdefault((question, pair), {})[r["seed"]] = v
+    for (question, pair), v in found.items():
+        answers = dict.fromkeys(answer(question, v[seed]) for seed in seeds if seed in v)
+        values = [cell(v[seed][:3], "+") if seed in v else None for seed in seeds]
+        rows.append([question, pair, *values, " / ".join(answers)])
+    return table(["question", "difference", *(f"seed {s}: AUROC [95 %]" for s in seeds), "answer"],
+                 rows)
 
 
-def measures_table(runs):
-    """Interpretability of each model of a run (tests/faithfulness.py), of the first seed."""
-    found = next((r["interpretability"].get("", {}) for r in runs if r.get("interpretability")), {})
-    names = [n for n in (*BRANCHES, "fusion") if n in found]
-    metrics = dict.fromkeys(k for n in names for k in found[n])
-    rows = [[k, *("–" if found[n].get(k) is None else f"{found[n][k]:.4g}" for n in names)] for k in metrics]
-    return table(["measure", *names], rows) if rows else ""
+def measures_table(measured):
+    """Measures of interpretability {run: {model: {measure: value}}}, the models in one cell."""
+    models = [each for found in measured.values() for each in found.values()]
+    rows = {k.split(", c")[0]: [k.split(", c")[0]] for each in models for k in each}
+    for found, (k, row) in itertools.product(measured.values(), rows.items()):
+        cells = [measure_cell(k, found[m]) for m in (*BRANCHES, "fusion") if m in found]
+        known = [c for c in cells if c != "–"]
+        row.append(" / ".join(cells if len(known) > 1 else known) or "–")
+    return table(["", *measured], rows.values())
+
+
+def measure_cell(k, found):
+    """One measure of one model; of a drop both cuts, and their ratio."""
+    v, cut, control = (found.get(name) for name in (k, f"{k}, cut", f"{k}, control"))
+    if cut is not None:
+        times = f" ({cut / control:.1f} times)" if min(cut, control) > 0 else ""
+        return f"{number(cut)}, elsewhere {number(control)}{times}"
+    return f"{v:.{DIGITS[k]}f}" if k in DIGITS and v is not None else number(v)
+
+
+def course_table(runs):
+    """Size against quality on the 16 rhythm labels, with what a model asked of a machine."""
+    keys, rows = ("parameters", "MB", "ms 1", "ms 256", "peak 1", "peak 256"), []
+    for what, name, width, changes in COURSE:
+        some = [r for r in runs if r["recipe"] == "default" and r["contrastive"]
+                and r["width"] == width and changed(r) == changes and name in r["predictions"]]
+        row = [what, pooled(some, name), *"–" * 5]
+        for e in [r["efficiency"] for r in some if "efficiency" in r][:1]:
+            size, mb, *rest = (f"{e['models'][name][k]:,.7g}" for k in keys)
+            row[2:] = [size, mb, " / ".join(rest[:2]), " / ".join(rest[2:]),
+                       f"{e['hardware']}, {e['threads']} CPU threads"]
+        rows.append(row)
+    rows.append(["the paper's rhythm branch*", PAPER[0][3], *"–" * 5])
+    return table(["model", "macro-AUROC, 16 labels", "parameters", "MB of weights",
+                  "ms per ECG (batch 1 / 256)", "peak MB (batch 1 / 256)", "measured on"], rows)
+
+
+def recipe_section(what, runs):
+    """All tables of runs that differ in seed and contrastive loss."""
+    first, trained = runs[0], runs[0]["trained"]
+    same = [r for r in runs if r["contrastive"] == first["contrastive"]]
+    minutes = [f"{n} {t['seconds'] / 60:.0f} ({t['threads']})" for n, t in trained.items()]
+    hardware = " and ".join(dict.fromkeys(str(t["hardware"]) for t in trained.values()))
+    return [f"## {what[0].upper()}{what[1:]}",
+            paper_table(runs), "By the authors' measure, the mean over batches of 32:",
+            paper_table(runs, "per batch"),
+            f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
+            evaluate.cost_table(first),
+            f"Minutes of Stage 1 on {hardware} (threads): {', '.join(minutes)}.",
+            "Paired differences on the test set:", paired_table(same)]
 
 
 def page():
     """The text of tests/results/README.md."""
-    runs = load_runs()
-    some, out = groups(runs), [HEAD, "## At a glance", glance(runs)]
-    out.append("\\* by the measure of the authors' code, the mean over batches of 32 test records.")
-    for recipe, width in dict.fromkeys((key[0], key[1]) for key in some):
-        mine = {key: each for key, each in some.items() if key[:2] == (recipe, width)}
-        changes = next(iter(mine))[2]  # as it is or, failing that, nearest
-        pair = {key[3]: each for key, each in mine.items() if key[2] == changes}
-        first = next(iter(pair.values()))
-        what = f"{recipe} recipe, width {width}" + (f" ({changes})" if changes else "")
-        minutes = ", ".join(f"{n} {t['seconds'] / 60:.0f}" for n, t in first[0]["trained"].items())
-        hardware = " and ".join({t["hardware"]: 0 for t in first[0]["trained"].values()})
-        out += [f"## {what[0].upper()}{what[1:]}", paper_tables(pair),
-                "By the authors' measure:", paper_tables(pair, "per batch"),
-                f"What interpretability cost, seed {first[0]['seed']}:", evaluate.cost_table(first[0]),
-                f"Minutes of Stage 1 on {hardware}: {minutes}.",
-                "Paired differences:", paired_table(first),
-                "Interpretability:", measures_table(first)]
-    rows = [[f"{recipe}, width {width}: {changes or 'as it is'}{'' if loss else ', no contrastive'}",
-             ", ".join(str(r["seed"]) for r in each),
-             *(pooled(each, n, key) for n in ABLATED for key in ("fold 9", "auroc"))]
-            for (recipe, width, changes, loss), each in some.items()]
-    heads = [f"{n}, fold {k}" for n in ABLATED for k in (9, 10)]
-    out += ["## Ablations", "One seed, unless several are named: differences under .01 may be chance.",
-            table(["setting", "seeds", *heads], rows)]
-    return "\n\n".join(part for part in out if part) + "\n"
+    same, recipes, sections, ablations, measured = {}, {}, [], [], {}
+    for r in load_runs():
+        what, changes = f"{r['recipe']} recipe, width {r['width']}", ", ".join(changed(r))
+        same.setdefault((what, changes), []).append(r)
+    for (what, changes), some in same.items():
+        main = (what, changes) == next(key for key in same if key[0] == what)  # fewest changes
+        sections += recipe_section(f"{what} ({changes or 'as it is'})", some) if main else []
+        recipes.update({} if changes else {what: some})
+        for contrastive, loss in ((True, ""), (False, ", no contrastive")):
+            those = [r for r in some if r["contrastive"] == contrastive]
+            named = {f"{what}: {changes or 'as it is'}{loss}": those}
+            if len(those) > 1 and not changes:  # to compare an ablation, of one seed, with
+                named[f"{what}: as it is{loss}, seed {those[0]['seed']}"] = those[:1]
+            for setting, each in named.items():
+                ablations += [[setting, *(pooled(each, name, None, key) for name in ABLATED
+                                          for key in ("fold 9", "auroc"))]] if each else []
+            found = [r for r in those if main and r.get("interpretability", {}).get("")]
+            if found:  # of the first seed
+                how = f"{what} (changed)" if changes else what
+                measured[f"{how}{loss}, seed {found[0]['seed']}"] = found[0]["interpretability"][""]
+    return "\n\n".join([
+        HEAD, "## At a glance", recipes_table(recipes),
+        "\\* by the authors' measure, the mean over batches of 32 test records.", *sections,
+        "## Ablations", "One seed, unless several are named: differences under .01 may be chance.",
+        table(["setting", *(f"{n}, fold {k}" for n in ABLATED for k in (9, 10))], ablations),
+        "## Interpretability", measures_table(measured), "Of rhythm / morphology / global / fusion;"
+        " `tests/faithfulness.py` says what each measure is.",
+        "## Course: size against quality", course_table(load_runs())]) + "\n"
 
 
 def main():
     if "--glance" in sys.argv:
-        print(glance(load_runs()))
-    else:
-        common.save(RESULTS / "README.md", page())
-        print(f"{RESULTS / 'README.md'} written")
+        return print(glance(load_runs()))
+    common.save(RESULTS / "README.md", page())
+    print(f"{RESULTS / 'README.md'} written")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""05_evaluate.py: every number against a slow reference, intervals of whole patients, and pages that say what is so."""
+"""05_evaluate.py: every number against a slow reference, intervals of whole patients, and pages
+that say what is so; tests/tables.py."""
 import html.parser
 import json
-
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_stage, sentence, stage, write_joint, write_prep, write_run
+from conftest import arguments, run_stage, sentence, stage, write_joint, write_prep, write_run
 from hypothesis import given, strategies as st
 from PIL import Image
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score, cohen_kappa_score, f1_score, roc_auc_score)
 
 import common
 from common import BRANCHES, CODES, GROUPS
 
 module = stage("05_evaluate")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of 05, which filters its own; pytest undoes that
+# 05 ignores these warnings itself, which pytest undoes
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -25,41 +27,47 @@ def few_draws(monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(prep, run, metrics.json) of an evaluated run of three untrained branches and two black boxes."""
+    """(prep, run, metrics.json) of an evaluated run: untrained branches and two black boxes."""
     folder, monkeypatch = tmp_path_factory.mktemp("made"), pytest.MonkeyPatch()
     prep = write_prep(folder / "prep", n=200)
     for box in ("blackbox-1d", "blackbox-rhythm"):
         write_joint(folder / "run", prep, box)
     write_run(monkeypatch, folder / "run", prep)
     monkeypatch.setattr(module, "DRAWS", 50)
-    evaluate(monkeypatch, folder)
+    m = evaluate(monkeypatch, prep, folder / "run")
     monkeypatch.undo()
-    return prep, folder / "run", json.loads((folder / "run/metrics.json").read_text())
+    return prep, folder / "run", m
 
 
-def evaluate(monkeypatch, folder, *flags, run="run"):
-    run_stage(monkeypatch, "05_evaluate", "--run", folder / run, "--prep", folder / "prep", "--threads", 1, *flags)
+def evaluate(monkeypatch, prep, run, *flags):
+    """Run 05 and return what metrics.json says."""
+    folders = ["--run", run, "--prep", prep.path.parent]
+    run_stage(monkeypatch, "05_evaluate", *folders, "--threads", 1, *flags)
+    return json.loads((run / "metrics.json").read_text())
 
 
 def logits_of(run, name, prep, fold="test"):
-    logits = torch.load(run / "classifiers" / f"{name}.pt", weights_only=True)["logits"].numpy()
-    return logits[getattr(prep, fold)[prep.val | prep.test]]
+    saved = torch.load(run / "classifiers" / f"{name}.pt", weights_only=True)
+    return saved["logits"].numpy()[getattr(prep, fold)[prep.val | prep.test]]
 
 
 # ---- Numbers
 
-ROWS = st.lists(st.tuples(st.booleans(), st.integers(-3, 3), st.integers(0, 3)), min_size=2, max_size=30)
+ROWS = st.lists(
+    st.tuples(st.booleans(), st.integers(-3, 3), st.integers(0, 3)), min_size=2, max_size=30)
 
 
 @given(ROWS)
 def test_weighted_auroc_equals_a_double_loop_and_scikit_learn(rows):
     y, score, weight = (np.array(column) for column in zip(*rows))
-    got = module.weighted_auroc(y, score.astype(np.float32), weight[:, None].astype(np.float32))[0]
+    weights = weight[:, None].astype(np.float32)
+    got = module.weighted_auroc(y, score.astype(np.float32), weights)[0]
     right = pairs = 0.0
     for i in np.flatnonzero(y):
         for j in np.flatnonzero(~y):
             pairs += weight[i] * weight[j]
-            right += weight[i] * weight[j] * ((score[i] > score[j]) + 0.5 * (score[i] == score[j]))
+            in_order = (score[i] > score[j]) + 0.5 * (score[i] == score[j])
+            right += weight[i] * weight[j] * in_order
     if pairs == 0:
         assert np.isnan(got)
     else:
@@ -73,37 +81,48 @@ def test_bootstrap_draws_whole_patients_and_depends_on_the_seed_only():
     assert w.shape == (7, 201) and (w[:, 0] == 1).all()
     assert (w[0] == w[1]).all() and (w[3] == w[5]).all()
     assert (w[[0, 2, 3, 6]].sum(0) == 4).all()  # as many patients as there are
-    assert (w == module.patient_weights(patients, 200, 1)).all() and (w != module.patient_weights(patients, 200, 2)).any()
+    assert (w == module.patient_weights(patients, 200, 1)).all()
+    assert (w != module.patient_weights(patients, 200, 2)).any()
+
+
+def test_the_draws_are_those_of_the_saved_results():
+    """Every interval in tests/results is of these draws."""
+    w = module.patient_weights(np.arange(2000) // 2, 3, module.SEED)
+    rng = np.random.default_rng(42)
+    for draw in w.T[1:]:
+        assert (draw[::2] == np.bincount(rng.integers(1000, size=1000), minlength=1000)).all()
 
 
 def test_intervals_equal_resampling_the_records_themselves(made):
-    """The slow way: records of drawn patients copied, AUROC of each class by scikit-learn, moves averaged."""
+    """The slow way: records of drawn patients are copied, AUROCs by scikit-learn."""
     prep, run, m = made
     rng, rows = np.random.default_rng(module.SEED), np.flatnonzero(prep.test)
-    patients, s = prep.patient_ids[rows], logits_of(run, "rhythm", prep)
-    own = [c for c in GROUPS["rhythm"] if prep.labels[rows][:, CODES.index(c)].any()]
+    patients, s, labels = prep.patient_ids[rows], logits_of(run, "rhythm", prep), prep.labels[rows]
+    own = [c for c in common.columns(GROUPS["rhythm"]) if labels[:, c].any()]
 
     def aurocs(draw):
         each = []
-        for c in common.columns(own):
-            y = prep.labels[rows][draw, c]
+        for c in own:
+            y = labels[draw, c]
             each.append(roc_auc_score(y, s[draw, c]) if 0 < y.sum() < len(y) else np.nan)
         return np.array(each)
 
-    value, moves = aurocs(np.arange(len(rows))), []
-    every = np.unique(patients)
+    value, moves, every = aurocs(np.arange(len(rows))), [], np.unique(patients)
     for _ in range(50):
         drawn = every[rng.integers(len(every), size=len(every))]
         draw = np.concatenate([np.flatnonzero(patients == p) for p in drawn])
         moves.append(np.nanmean(aurocs(draw) - value))
-    want = [np.nanmean(value), *(np.nanmean(value) + np.percentile(moves, [2.5, 97.5]))]
-    assert m["predictions"]["rhythm"]["auroc"][:3] == pytest.approx(want, abs=1e-5)
+    ends = np.nanmean(value) + np.percentile(moves, [2.5, 97.5])
+    got = m["predictions"]["rhythm"]["auroc"]
+    assert got[:3] == pytest.approx([np.nanmean(value), *ends], abs=1e-5)
 
 
 def test_macro_counts_only_classes_that_there_are():
     aurocs = np.full((3, 71), np.nan)
     aurocs[:, common.columns(["SR", "AFIB"])] = [[.8, .6], [.9, .6], [.7, np.nan]]
-    assert module.macro(aurocs, GROUPS["rhythm"]) == [.7, pytest.approx(.6, abs=.01), pytest.approx(.75, abs=.01), 2, 16]
+    value, low, high, known, codes = module.macro(aurocs, GROUPS["rhythm"])
+    assert (value, known, codes) == (.7, 2, 16)
+    assert low == pytest.approx(.6, abs=.01) and high == pytest.approx(.75, abs=.01)
     assert module.macro(aurocs, ["IMI"])[0] is None
 
 
@@ -111,118 +130,176 @@ def test_macro_counts_only_classes_that_there_are():
 def test_the_other_numbers_equal_scikit_learn(made, name):
     prep, run, m = made
     saved = torch.load(run / "classifiers" / f"{name}.pt", weights_only=True)
-    own, s, y = common.columns(saved["meta"]["classes"]), logits_of(run, name, prep), prep.labels[prep.test]
-    over = s[:, own] >= saved["thresholds"].numpy()
-    there = [i for i, c in enumerate(own) if y[:, c].any()]
+    own, s = common.columns(saved["meta"]["classes"]), logits_of(run, name, prep)
+    y, over = prep.labels[prep.test], s[:, own] >= saved["thresholds"].numpy()
+    f1, auprc, aurocs = [], [], []
+    for i, c in enumerate(own):
+        if y[:, c].any():
+            f1.append(f1_score(y[:, c], over[:, i]))
+            auprc.append(average_precision_score(y[:, c], s[:, c]))
+            aurocs.append(roc_auc_score(y[:, c], s[:, c]))
     p = m["predictions"][name]
-    assert p["f1"] == pytest.approx(np.mean([f1_score(y[:, own[i]], over[:, i]) for i in there]), abs=1e-5)
-    assert p["auprc"] == pytest.approx(
-        np.mean([average_precision_score(y[:, own[i]], s[:, own[i]]) for i in there]), abs=1e-5)
-    assert p["auroc"][0] == pytest.approx(np.mean([roc_auc_score(y[:, own[i]], s[:, own[i]]) for i in there]), abs=1e-5)
-    assert p["fold 9"] == pytest.approx(saved["meta"]["val_auroc"], abs=1e-5)
+    got = [p["f1"], p["auprc"], p["auroc"][0], p["fold 9"]]
+    want = [np.mean(f1), np.mean(auprc), np.mean(aurocs), saved["meta"]["val_auroc"]]
+    assert got == pytest.approx(want, abs=1e-5)
     order, parts = np.argsort(prep.ecg_ids[prep.test]), []
     for i in range(0, len(order), 32):
         rows = order[i:i + 32]
-        parts.append(np.mean([roc_auc_score(y[rows, c], s[rows, c]) for c in own if 0 < y[rows, c].sum() < len(rows)]))
+        there = [c for c in own if 0 < y[rows, c].sum() < len(rows)]
+        parts.append(np.mean([roc_auc_score(y[rows, c], s[rows, c]) for c in there]))
     assert p["per batch"] == pytest.approx(np.mean(parts), abs=1e-5)
+    for c, threshold in zip(saved["meta"]["classes"], saved["thresholds"].tolist()):
+        assert m["per_class"][name][c][5] == pytest.approx(threshold, abs=1e-5)
 
 
 def test_macro_aggregation_is_the_weighted_mean_of_the_branches(made):
-    m = made[2]
+    m = json.loads(json.dumps(made[2]))
     each = [m["predictions"][b]["auroc"] for b in BRANCHES]
     total = sum(v[0] * v[3] for v in each) / sum(v[3] for v in each)
-    assert m["predictions"]["macro"]["auroc"][0] == pytest.approx(total, abs=2e-5)
-    assert ": equal." in module.identity(m)
-    m["predictions"]["macro"]["auroc"][0] += .001
+    macro = m["predictions"]["macro"]["auroc"]
+    assert macro[0] == pytest.approx(total, abs=2e-5) and ": equal." in module.identity(m)
+    macro[0] += .001
     assert "NOT EQUAL" in module.identity(m)
-    m["predictions"]["macro"]["auroc"][0] -= .001
 
 
 def test_differences_are_paired(made):
-    """One draw for both: a prediction and itself differ by nothing, and the value is the difference of the values."""
+    """One draw for both: a prediction and itself differ by nothing, in no draw."""
     m = made[2]
-    rows = m["differences"]["As good as a black box? (4.3)"]
+    got = m["differences"]["As good as a black box? (4.3)"]["rhythm - blackbox-rhythm"]
     a, b = m["per_class"]["rhythm"], m["per_class"]["blackbox-rhythm"]
     both = [c for c in a if a[c][0] is not None]
-    want = np.mean([a[c][0] - b[c][0] for c in both])
-    assert rows["rhythm - blackbox-rhythm"][0] == pytest.approx(want, abs=2e-5)
-    assert rows["rhythm - blackbox-rhythm"][3] == len(both)
+    assert got[0] == pytest.approx(np.mean([a[c][0] - b[c][0] for c in both]), abs=2e-5)
+    assert got[3] == len(both)
     x = np.random.default_rng(0).random((51, 71))
     assert module.macro(x - x, CODES)[:3] == [0, 0, 0]
 
 
+def test_cost_is_of_every_step_and_of_the_box_that_a_branch_starts_from(made):
+    prep, run, m = made
+    rows = {row["name"]: row for row in m["cost"]}
+    assert set(rows) == {"fusion", "fusion-own", *BRANCHES}
+    assert rows["rhythm"]["black box"] == m["predictions"]["blackbox-rhythm"]["auroc"][0]
+    box, test = logits_of(run, "blackbox-1d", prep), prep.labels[prep.test]
+    for name in BRANCHES:
+        own = common.columns(GROUPS[name])
+        for key, other in (("-joint", f"{name}-joint"), ("sparse", name)):
+            want = common.macro_auroc(test[:, own], logits_of(run, other, prep)[:, own])
+            assert rows[name][key] == pytest.approx(want, abs=1e-5)
+        if name != "rhythm":
+            want = common.macro_auroc(test[:, own], box[:, own])
+            assert rows[name]["black box"] == pytest.approx(want, abs=1e-5)
+    parts = [json.loads((run / b / "prototypes.json").read_text()) for b in BRANCHES]
+    assert rows["fusion"]["prototypes"] == sum(len(part["prototypes"]) for part in parts)
+    assert rows["fusion"]["distinct"] == sum(part["distinct"] for part in parts)
+
+
 # ---- Pages
 
+FIGURES = "per_class_auroc", "roc", "training"
+
+
 def test_everything_is_written_and_the_same_the_second_time(made, monkeypatch, capsys):
-    prep, run, m = made
-    names = ["metrics.json", "results.md", "results.html", *(f"figures/{f}.png" for f in
-                                                              ("per_class_auroc", "roc", "training"))]
-    before = {n: (run / n).read_bytes() for n in names if n != "metrics.json"}
-    evaluate(monkeypatch, run.parent)
-    assert all((run / n).read_bytes() == content for n, content in before.items())
-    for n in names[3:]:
-        assert Image.open(run / n).size[0] > 500
-    text = (run / "results.md").read_text()
-    assert "Not the paper's test set" in text and "0: the start" in text
+    prep, run, _ = made
+    names = ["metrics.json", "results.md", "results.html", *(f"figures/{f}.png" for f in FIGURES)]
+    before = {n: (run / n).read_bytes() for n in names}
+    evaluate(monkeypatch, prep, run)
+    assert [n for n in names if (run / n).read_bytes() != before[n]] == []
+    assert all(Image.open(run / f"figures/{f}.png").size[0] > 500 for f in FIGURES)
     assert capsys.readouterr().out.splitlines()[-1].endswith("results.md")
+    text = (run / "results.md").read_text()
+    assert "20 test\nrecords (the paper: 2,198)" in text
+    assert "Stage 1 kept the start, epoch 0, of rhythm, morphology, global" in text
 
 
 def test_the_papers_numbers_stand_beside_ours(made):
     m = made[2]
-    lines = {line.split("|")[1].strip(): line for line in module.paper_table(m).splitlines()}
-    assert all(n in lines["rhythm branch, 16 labels"] for n in (".8730", ".8758", module.cell(
-        m["predictions"]["rhythm"]["auroc"])))
+    table = module.paper_table(m)
+    lines = {line.split("|")[1].strip(): line for line in table.splitlines()}
+    ours = module.cell(m["predictions"]["rhythm"]["auroc"])
+    assert all(n in lines["rhythm branch, 16 labels"] for n in (".8730", ".8758", ours))
     assert all(n in lines["fusion classifier, 71"] for n in (".9010", ".9248", "not run"))
-    assert "one branch, 2D partial, 71" not in lines  # a run of what it has, and no rows of what was not asked for
+    assert "one branch, 2D partial, 71" not in lines  # it was not run
 
 
-def test_only_the_models_asked_for(made, monkeypatch, tmp_path, capsys):
-    prep, run, _ = made
+def test_a_rhythm_run_is_about_rhythm_alone(made, monkeypatch, tmp_path):
+    prep = made[0]
     write_run(monkeypatch, tmp_path / "run", prep, models=["rhythm"])
-    run_stage(monkeypatch, "05_evaluate", "--run", tmp_path / "run", "--prep", prep.path.parent)
+    m = evaluate(monkeypatch, prep, tmp_path / "run")
+    assert list(m["predictions"]) == ["rhythm"] and list(m["shown"]) == ["rhythm"]
     text = (tmp_path / "run/results.md").read_text()
-    assert "morphology" not in text.split("## Label groups")[0] and "rhythm" in text
+    assert "morphology" not in text and "Strodthoff's rhythm (12)" in text
 
 
-def test_against_another_run_fills_the_other_column(made, monkeypatch, tmp_path):
+def test_only_the_models_asked_for(made, monkeypatch):
     prep, run, m = made
-    write_run(monkeypatch, tmp_path / "plain", prep, lambda_cntrst=0.0, seed=1)
-    evaluate(monkeypatch, run.parent, "--against", tmp_path / "plain")
-    found = json.loads((run / "metrics.json").read_text())
-    evaluate(monkeypatch, run.parent)
-    rows = found["differences"]["Does the contrastive loss help? (4.2)"]
-    assert "fusion - fusion of plain" in rows and found["against"] == {"plain": False}
-    line = next(x for x in module.paper_table(found).splitlines() if "fusion classifier" in x)
-    assert module.cell(found["predictions"]["fusion of plain"]["auroc"]) in line and "not run" not in line
+    found = evaluate(monkeypatch, prep, run, "--model", "rhythm", "blackbox-1d")
+    assert list(found["predictions"]) == ["rhythm", "blackbox-1d"]
+    assert found["predictions"]["rhythm"] == m["predictions"]["rhythm"]
+    assert "rhythm - rhythm-unprojected" in str(found["differences"])
+    with pytest.raises(SystemExit) as e:
+        evaluate(monkeypatch, prep, run, "--model", "all-1d")
+    assert "04_fusion.py" in sentence(e)
+    evaluate(monkeypatch, prep, run)
+
+
+@pytest.mark.parametrize("seed, fills", [(0, True), (1, False)])
+def test_against_a_run_without_contrastive_loss_fills_its_column(
+        made, monkeypatch, tmp_path, seed, fills):
+    """But only if the loss is all that the runs differ in."""
+    prep, run, m = made
+    write_run(monkeypatch, tmp_path / "plain", prep, lambda_cntrst=0.0, seed=seed)
+    found = evaluate(monkeypatch, prep, run, "--against", tmp_path / "plain")
+    question = "Does the contrastive loss help? (4.2)" if fills else "Against plain"
+    assert "fusion - fusion of plain" in found["differences"][question]
+    assert found["against"] == ({"plain": False} if fills else {})
+    lines = module.paper_table(found).splitlines()
+    line = next(line for line in lines if "fusion classifier" in line)
+    theirs = module.cell(found["predictions"]["fusion of plain"]["auroc"])
+    assert line.split("|")[3].strip() == (theirs if fills else "not run")
     assert found["predictions"]["fusion"] == m["predictions"]["fusion"]
+    assert module.report(found).count("fusion of plain") >= 2
+    evaluate(monkeypatch, prep, run)
 
 
 def test_save_keeps_what_tables_reads(made, monkeypatch, tmp_path):
     prep, run, m = made
     monkeypatch.setattr(module, "__file__", str(tmp_path / "05_evaluate.py"))
-    evaluate(monkeypatch, run.parent, "--save", "mine")
+    evaluate(monkeypatch, prep, run, "--save", "mine")
     saved = json.loads((tmp_path / "tests/results/mine.json").read_text())
     assert saved["predictions"] == m["predictions"] and "per_class" not in saved
+    tables = stage("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "tests/results")
+    page = tables.page()
+    assert "Default recipe, width 16 (per_class [2, 3, 2])" in page
+    assert module.cell(m["predictions"]["fusion"]["auroc"]) in page
 
 
 def test_another_input_is_refused_with_the_stage_to_run(made, monkeypatch, tmp_path):
     prep, run, _ = made
     write_run(monkeypatch, tmp_path / "run", prep, models=["rhythm"])
     path = tmp_path / "run/rhythm/projected.pt"
-    saved = torch.load(path, weights_only=True)
-    common.save(path, {**saved, "more": 1})
-    with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "05_evaluate", "--run", tmp_path / "run", "--prep", prep.path.parent)
-    assert "04_fusion.py" in sentence(e)
-    with pytest.raises(SystemExit) as e:
-        run_stage(monkeypatch, "05_evaluate", "--run", tmp_path / "none", "--prep", prep.path.parent)
-    assert "04_fusion.py" in sentence(e)
+    common.save(path, {**torch.load(path, weights_only=True), "more": 1})
+    for folder in (tmp_path / "run", tmp_path / "none"):
+        with pytest.raises(SystemExit) as e:
+            evaluate(monkeypatch, prep, folder)
+        assert "04_fusion.py" in sentence(e)
 
 
-CASE = {"title": "ECG <script>alert(1)</script>", "true_labels": ["SR", "<b>"], "explained": [
-    {"label": "SR", "probability": .9, "threshold": .5, "prototypes": [
-        {"model": "rhythm", "index": 1, "class": "SR", "ecg_id": 10, "labels": ["SR"], "similarity": .7,
-         "contribution": 1.5, "page": "7/p.png"}]}]}
+# ---- results.html
+
+def write_case(run, prep):
+    """A case as 06 writes it, with text that a page must not run."""
+    path = run / "classifiers/fusion.pt"
+    meta = torch.load(path, weights_only=True)["meta"]
+    q = {"model": "rhythm", "index": 1, "class": "SR", "ecg_id": 10, "labels": ["SR", "a|b"],
+         "similarity": .7, "contribution": 1.5, "page": "7/p.png"}
+    common.save(run / "cases/7.json", {
+        **common.provenance(arguments(run, prep.path.parent), (path, meta)),
+        "title": "ECG <script>alert(1)</script> [x](javascript:alert(2)) ![](http://x/y.png)",
+        "true_labels": ["SR", "<b>"], "explained": [
+            {"label": "SR", "probability": .9, "threshold": .5, "prototypes": [q]}]})
+    (run / "cases/7").mkdir()
+    Image.new("RGB", (20, 10)).save(run / "cases/7/p.png")
 
 
 class Tags(html.parser.HTMLParser):
@@ -233,64 +310,85 @@ class Tags(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [v for k, v in attrs if k in ("src", "href")]
+        assert not any(k.startswith("on") for k, _ in attrs)
 
 
 def test_results_html_holds_everything_and_runs_nothing(made, monkeypatch):
-    prep, run, m = made
-    (run / "cases/7").mkdir(parents=True)
-    Image.new("RGB", (20, 10)).save(run / "cases/7/p.png")
-    (run / "cases/7.json").write_text(json.dumps(CASE))
-    evaluate(monkeypatch, run.parent)
-    text = (run / "results.html").read_text()
-    page = Tags()
+    prep, run, _ = made
+    assert "None yet: run 06_plot_prototypes.py" in (run / "results.html").read_text()
+    write_case(run, prep)
+    m = evaluate(monkeypatch, prep, run)
+    text, page = (run / "results.html").read_text(), Tags()
     page.feed(text)
-    assert "script" not in page.tags and page.tags.count("img") == 4 and page.tags.count("table") > 6
+    assert not {"script", "b", "a", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("img") == 4 and page.tags.count("table") > 6
     assert all(link.startswith("data:image/png") for link in page.links)
-    assert "alert(1)" in text and "default-src 'none'" in text
-    for command in ("04_fusion.py", "03_project.py", "05_evaluate.py"):
-        assert f"python {command}" in text or command == "05_evaluate.py"
+    assert "alert(1)" in text and "default-src 'none'" in text and "a|b" in text
+    assert "+1.5000" in text and ".9000" in text
+    assert [c.split()[1] for c in m["commands"]][-2:] == ["03_project.py", "04_fusion.py"]
+    assert all(f"python {c.split()[1]}" in text for c in m["commands"])
 
 
-def test_results_html_in_a_browser(made, browser):
+def test_a_case_of_another_model_is_left_out(made, monkeypatch):
+    prep, run, _ = made
+    path = run / "cases/7.json"
+    case = json.loads(path.read_text())
+    common.save(path, {**case, "made_from": {"rhythm/projected.pt": "0" * 16}})
+    evaluate(monkeypatch, prep, run)
+    text = (run / "results.html").read_text()
+    assert "is of another model: run 06_plot_prototypes.py again" in text and "alert" not in text
+    common.save(path, case)
+    evaluate(monkeypatch, prep, run)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_results_html_in_a_browser(made, browser, width):
+    browser.set_window_size(width, 900)
     browser.get((made[1] / "results.html").as_uri())
     assert "ProtoECGNet" in browser.title and browser.get_log("browser") == []
-    width = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-    assert width <= 0
+    script = "return document.documentElement.scrollWidth - window.innerWidth"
+    assert browser.execute_script(script) <= 0
+    loaded = "return [...document.images].every(image => image.naturalWidth > 0)"
+    assert browser.execute_script(loaded)
 
 
 # ---- Table 3
 
 def ratings(path, reviewer, scores, made="m"):
-    each = {f"rhythm/{j}": {"class": "SR", "representativeness": r, "clarity": c, "mark": mark, "comment": ""}
-            for j, (r, c, mark) in enumerate(scores)}
-    path.write_text(json.dumps({"format": 1, "kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
-                                "made": made, "ratings": each}))
+    each = {}
+    for j, (r, c, mark) in enumerate(scores):
+        each[f"rhythm/{j}"] = {"class": "SR", "representativeness": r, "clarity": c, "mark": mark,
+                               "comment": ""}
+    value = {"format": 1, "kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
+             "made": [made], "ratings": each}
+    path.write_text(json.dumps(value))
     return path
 
 
 def test_ratings_give_table_3_without_label_errors(tmp_path, capsys):
-    a = ratings(tmp_path / "a.json", "A", [(5, 4, None), (3, 4, "best"), (1, 1, "label-error"), (4, None, None)])
-    b = ratings(tmp_path / "b.json", "B", [(5, 5, None), (3, 4, None), (2, 2, None), (5, 3, "bad")])
-    module.ratings_table([a, b])
+    a = [(5, 4, None), (3, 4, "best"), (1, 1, "label-error"), (4, None, None)]
+    b = [(5, 5, None), (3, 4, None), (2, 2, None), (5, 3, "bad"), (1, 1, None)]
+    files = ratings(tmp_path / "a.json", "A", a), ratings(tmp_path / "b.json", "B", b)
+    module.ratings_table(files)
     out = capsys.readouterr().out
-    v = np.array([5, 3, 4])
-    half = 1.96 * v.std(ddof=1) / 3 ** .5
+    half = 1.96 * np.std([5, 3, 4], ddof=1) / 3 ** .5
     assert f"4.00 [{4 - half:.2f}, {4 + half:.2f}] of 3" in out and "4.29 [4.22, 4.35]" in out
     assert "left out, marked as label errors by a reviewer: 1" in out
     # weights (i - j)^2: observed 0 + 0 + 1, expected over all pairs of A's 5 3 4 and B's 5 3 5
     expected = np.mean([(i - j) ** 2 for i in (5, 3, 4) for j in (5, 3, 5)])
-    assert f"{1 - (1 / 3) / expected:.2f} of 3" in out
+    kappa = 1 - (1 / 3) / expected
+    assert f"{kappa:.2f} of 3" in out
+    assert kappa == pytest.approx(cohen_kappa_score([5, 3, 4], [5, 3, 5], weights="quadratic"))
 
 
-@pytest.mark.parametrize("spoil", ["other prototypes", "same reviewer", "not ours", "missing"])
+@pytest.mark.parametrize("spoil", ["other prototypes", "same reviewer", "not ours"])
 def test_ratings_that_cannot_be_compared_give_one_sentence(tmp_path, spoil):
-    a = ratings(tmp_path / "a.json", "A", [(5, 4, None)])
-    b = ratings(tmp_path / "b.json", "A" if spoil == "same reviewer" else "B", [(5, 4, None)],
+    reviewer = "A" if spoil == "same reviewer" else "B"
+    a = ratings(tmp_path / "a.json", "A", [(5, 4, None), (3, 3, None)])
+    b = ratings(tmp_path / "b.json", reviewer, [(5, 4, None)],
                 made="x" if spoil == "other prototypes" else "m")
     if spoil == "not ours":
         b.write_text('{"kind": "x"}')
-    if spoil == "missing":
-        b.unlink()
     with pytest.raises(SystemExit) as e:
         module.ratings_table([a, b])
     assert sentence(e)
@@ -298,13 +396,42 @@ def test_ratings_that_cannot_be_compared_give_one_sentence(tmp_path, spoil):
 
 # ---- tests/tables.py
 
-def test_the_page_of_tables_is_what_the_saved_runs_say(monkeypatch):
-    tables = stage("tables")
+tables = stage("tables")
+
+
+def test_the_page_of_tables_is_what_the_saved_runs_say():
     page = (tables.RESULTS / "README.md").read_text()
     assert page == tables.page()
-    runs = [json.loads(p.read_text()) for p in tables.RESULTS.glob("default-width32-seed4?.json")]
+    files = tables.RESULTS.glob("default-width32-seed4?.json")
+    runs = [json.loads(path.read_text()) for path in files]
     values = [r["predictions"]["fusion"]["auroc"][0] for r in runs]
-    cell = f"{module.number(np.mean(values))} ± {module.number(np.std(values, ddof=1))}"
-    assert len(values) == 3 and cell in page
+    sd = module.number(np.std(values, ddof=1))
+    assert len(values) == 3 and f"{module.number(np.mean(values))} ± {sd} (3 seeds)" in page
+
+
+def test_the_readmes_table_is_generated():
     readme = (tables.ROOT / "README.md").read_text()
-    assert tables.glance(tables.load_runs()) in readme  # nothing in it is typed
+    lines = tables.glance(tables.load_runs()).splitlines()
+    assert len(lines) == 9 and all(line.count("|") == 7 for line in lines)
+    assert [line for line in lines if line not in readme] == []
+
+
+def test_a_cell_pools_seeds_and_counts_each_once():
+    def run(seed, value, contrastive=True):
+        p = {"auroc": [value, value - .1, value + .1, 16, 16], "per batch": value}
+        return {"seed": seed, "contrastive": contrastive, "predictions": {"rhythm": p}}
+
+    runs = [run(1, .8), run(2, .9), run(2, .9, False)]
+    want = ".8500 ± .0707 (2 seeds) [.7500, .9500]"
+    assert tables.pooled(runs, "rhythm", True) == want == tables.pooled(runs, "rhythm")
+    assert tables.pooled(runs, "rhythm", False) == ".9000 [.8000, 1.0000] (seed 2)"
+    assert tables.pooled(runs, "rhythm", True, "per batch", note=False) == ".8500 ± .0707"
+    assert tables.pooled(runs, "global") == "not run"
+
+
+@pytest.mark.parametrize("v, want", [
+    ([.02, .01, .03], "yes"), ([-.02, -.03, -.01], "no"), ([0, -.01, .02], "no difference shown")])
+def test_answers(v, want):
+    assert tables.answer("Does it help?", v) == want
+    assert tables.answer("As good as a black box? (4.3)", [.02, .01, .03]) == "yes, better"
+    assert tables.answer("Against another", v) == "–"
