@@ -26,6 +26,7 @@ threadpool_limits(1, user_api="blas")
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
 settings.load_profile("tests")
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers of a CPU are the same in every run
 PTBXL = Path(os.environ["PTBXL_DIR"]).resolve() if os.environ.get("PTBXL_DIR") else None
 needs_ptbxl = pytest.mark.skipif(PTBXL is None, reason="PTBXL_DIR names no unpacked PTB-XL")
 CPU = torch.device("cpu")

@@ -1,6 +1,5 @@
 """Nothing lost, nothing silently wrong: kills, full disks, changed and damaged inputs, garbage in
-fold 10, permuted labels, unsafe calls."""
-import ast
+fold 10, permuted labels."""
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import wfdb
-from conftest import ROOT, change_prep, run_stage, sentence, write_prep, write_run
+from conftest import ROOT, change_prep, run_stage, save_prep, sentence, write_prep, write_run
 from synthetic import write_dataset
 
 import common
@@ -24,12 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # 05 filters 
 STAGES = ["02_train_joint", "03_project", "04_fusion", "05_evaluate", "06_plot_prototypes"]
 
 
-# ---- Kills and full disks over the results of an earlier run. What lies there afterwards is the
-# old file or the new one, never half of one, and the next run ends as if nothing had been. Stages
-# run in forks of a process that has imported them all, so that a kill costs no more than a stage.
+# ---- Kills and full disks over the results of an earlier run: what lies there afterwards is the
+# old file or the new one. Stages run in forks of a process that has imported them all.
 
 DRIVER = """
-import importlib, json, os, pathlib, resource, signal, sys, time, types
+import importlib, json, os, pathlib, resource, signal, sys, time, traceback, types
 import torch
 torch.set_num_threads(1)
 stages = {name: importlib.import_module(name) for name in sys.argv[1:]}
@@ -55,8 +53,16 @@ for line in sys.stdin:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(300)  # a stage that hangs is killed, and fails its test
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["most"], order["most"]))
-        stages[name].common.run(stages[name].main)
-        sys.exit()
+        code = 1
+        try:
+            stages[name].common.run(stages[name].main)
+            code = 0
+        except SystemExit as e:
+            print(e, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)  # at once: to tear torch down takes longer than most stages
     if order["after"] is not None:
         time.sleep(order["after"])
         os.kill(pid, order["how"])
@@ -86,8 +92,7 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """For every job the folder before it, with results of another seed, and after it; and
-    go(job, folder, ...), which runs it: exit code, seconds and all that it printed."""
+    """For every job the folder before it, with results of another seed, and after it; and go."""
     base = tmp_path_factory.mktemp("faults")
     process = subprocess.Popen([sys.executable, "-c", DRIVER, *STAGES], cwd=ROOT, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -100,7 +105,7 @@ def world(tmp_path_factory):
         code, seconds = json.loads(process.stdout.readline())
         return SimpleNamespace(code=code, seconds=seconds, text=(base / "log").read_text())
 
-    assert process.stdout.readline() == "ready\n"
+    process.stdout.readline()  # ready
     now, before, after, seconds = base / "start", {}, {}, {}
     write_prep(now / "prep")
     for seed in (1, 2):
@@ -161,8 +166,8 @@ def test_many_kills(world, job):
 def test_ctrl_c_is_one_sentence(world):
     folder = fresh(world, "02")
     done = world.go("02", folder, after=world.seconds["02"] / 2, how=signal.SIGINT)
-    assert done.code in (0, 1) and "Traceback" not in done.text
-    assert done.code == 0 or "interrupted" in done.text
+    assert done.code == 0 or done.code == 1 and "interrupted" in done.text
+    assert "Traceback" not in done.text
     old_or_new(world, "02", folder)
 
 
@@ -171,7 +176,7 @@ def full_disk(world, job, first):
     before, folder = tree(world.before[job]), world.base / f"after-{job}"
     made = [name for name, content in world.after[job].items() if before.get(name) != content]
     sizes = sorted({(folder / name).stat().st_size - 1 for name in made} - {*range(4096)})
-    for most in sizes[:first]:  # the smallest are left out, as what is printed goes to a file too
+    for most in sizes[:first]:  # what is printed goes to a file too: it must fit
         now = fresh(world, job)
         done = world.go(job, now, most=most)
         assert done.code == 1 and "Traceback" not in done.text, done.text
@@ -195,16 +200,15 @@ def test_disk_that_is_full_at_any_file(world, job):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A PREP and a run of the rhythm branch through 04, with its black box."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder, models = tmp_path_factory.mktemp("whole"), ["blackbox-rhythm", "rhythm"]
     with pytest.MonkeyPatch.context() as patch:
-        prep = write_prep(folder / "prep")
-        write_run(patch, folder / "run", prep, models=["blackbox-rhythm", "rhythm"], batch=16)
+        write_run(patch, folder / "run", write_prep(folder / "prep"), models)
     return folder
 
 
 @pytest.fixture
 def refused(whole, tmp_path, monkeypatch):
-    """Gives refused(stage, *flags) on a copy of it: the sentence; nothing was written."""
+    """refused(stage, *flags) on a copy of it: the sentence; nothing was written."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     folders = ["--prep", tmp_path / "prep", "--run", tmp_path / "run", "--threads", 1]
 
@@ -222,7 +226,6 @@ PREP, BOX, JOINT, PROJECTED = "prep", "blackbox-rhythm/joint", "rhythm/joint", "
 CHANGES = [
     ("02_train_joint --model rhythm --round 2", JOINT, "03_project"),
     ("03_project", PREP, "02_train_joint"),
-    ("04_fusion", PREP, "02_train_joint"),  # of the black box, which comes first
     *(("04_fusion --model rhythm", changed, "03_project") for changed in (PREP, JOINT)),
     *(("05_evaluate", changed, "04_fusion") for changed in (PREP, BOX, JOINT, PROJECTED)),
     *(("06_plot_prototypes", changed, "04_fusion") for changed in (JOINT, PROJECTED)),
@@ -232,29 +235,29 @@ CHANGES = [
 @pytest.mark.parametrize("command, changed, named", CHANGES)
 def test_a_changed_input_stops_every_later_stage_which_names_the_one_to_run(
         refused, tmp_path, command, changed, named):
+    path = tmp_path / f"run/{changed}.pt"
     if changed == PREP:
         change_prep(tmp_path / "prep", patient_ids=np.arange(60))
     else:
-        path = tmp_path / f"run/{changed}.pt"
         common.save(path, {**torch.load(path, weights_only=True), "more": 1})
     message = refused(*command.split())
     assert "another" in message and f"run {named}.py again" in message, message
 
 
 BOX_02 = "02_train_joint --model blackbox-1d --set width=16 batch=16 blackbox_epochs=1"
-SPOILED = [(command, file, how) for how in ("missing", "truncated", "foreign") for command, file in (
+INPUTS = [
     (BOX_02, "prep/labels.npy"), ("03_project", "prep/preprocess.json"),
     ("03_project", "run/rhythm/joint.pt"), ("04_fusion --model rhythm", "run/rhythm/projected.pt"),
-    ("05_evaluate", "run/rhythm/prototypes.json"), ("06_plot_prototypes", "run/rhythm/prototypes.npy"),
-    ("06_plot_prototypes", "run/classifiers/rhythm.pt"))]
+    ("05_evaluate", "run/rhythm/prototypes.json"), *(("06_plot_prototypes", f"run/{f}") for f in (
+        "rhythm/projected.pt", "rhythm/prototypes.npy", "classifiers/rhythm.pt"))]
+SPOILED = [(*each, how) for each in INPUTS for how in ("missing", "truncated", "foreign")]
 SPOILED += [(command, "prep/signals.npy", "NaN") for command in (BOX_02, "03_project", "04_fusion")]
 SPOILED += [("05_evaluate", "run/classifiers/rhythm.pt", how) for how in ("truncated", "foreign")]
 
 
 @pytest.mark.parametrize("command, file, how", SPOILED)
 def test_spoiled_input_gives_one_sentence(refused, tmp_path, command, file, how):
-    path = tmp_path / file
-    content = path.read_bytes()
+    path, content = tmp_path / file, (tmp_path / file).read_bytes()
     path.unlink()
     if how == "NaN":
         common.save(path, np.full((60, 12, 1000), np.nan, np.float32))
@@ -282,7 +285,7 @@ def fitted(folder):
 
 def test_nothing_that_is_fitted_depends_on_fold_10(tmp_path, monkeypatch):
     """01 to 04 twice, the second time with garbage as signals and labels of fold 10."""
-    write_dataset(tmp_path / "clean/data", 60)
+    write_dataset(tmp_path / "clean/data", 40)
     data = shutil.copytree(tmp_path / "clean/data", tmp_path / "garbage/data")
     table = pd.read_csv(data / "ptbxl_database.csv", dtype=str, keep_default_na=False)
     test = table["strat_fold"] == "10"
@@ -291,7 +294,7 @@ def test_nothing_that_is_fitted_depends_on_fold_10(tmp_path, monkeypatch):
     for name in table["filename_lr"][test]:
         record = wfdb.rdrecord(str(data / name), physical=False)
         record.d_signal = 500 - 3 * record.d_signal
-        record.checksum, record.init_value = record.calc_checksum(), list(record.d_signal[0])
+        record.checksum = record.calc_checksum()
         record.wrsamp(write_dir=str((data / name).parent))
     for folder in ("clean", "garbage"):
         monkeypatch.chdir(tmp_path / folder)
@@ -299,87 +302,49 @@ def test_nothing_that_is_fitted_depends_on_fold_10(tmp_path, monkeypatch):
         for job in ("02", "03", "04"):
             run_stage(monkeypatch, *JOBS[job])
     clean, garbage = (common.load_prep(tmp_path / f) for f in ("clean/prep", "garbage/prep"))
-    for name in ("signals", "labels"):
-        differ = (getattr(clean, name) != getattr(garbage, name)).reshape(60, -1).any(1)
-        assert (differ == clean.test).all()
-    found = fitted(tmp_path / "clean")
-    assert found == fitted(tmp_path / "garbage") and len(found) > 200
+    for a, b in ((clean.signals, garbage.signals), (clean.labels, garbage.labels)):
+        assert ((a != b).reshape(40, -1).any(1) == clean.test).all()
+    assert fitted(tmp_path / "clean") == fitted(tmp_path / "garbage")
 
 
 @pytest.mark.parametrize("leak", [False, True])
 def test_permuted_labels_predict_nothing(tmp_path, monkeypatch, leak):
     """02 to 04 on permuted labels of folds 1-9: AUROC .5 on the true labels of fold 10. With a
-    `leak`, fold 10 among the training records, it is far above that: this test would find one."""
-    rng, folder = np.random.default_rng(0), tmp_path / "prep"
+    `leak`, fold 10 among folds 1-8 and 9, it is far above that: this test would find one."""
+    rng = np.random.default_rng(0)
     codes = ("SR", "AFIB", "STACH", "SBRAD", "SARRH", "PACE", "1AVB", "IVCD")
-    folds = np.repeat([*range(1, 9), 9, 10], [20] * 8 + [40, 240])
+    folds = np.repeat([*range(1, 9), 9, 10], [20] * 8 + [40, 200])
     on = rng.random((len(folds), len(codes))) < 0.5
-    pitch = np.geomspace(1, 24, 2 * len(codes)).reshape(-1, 2, 1)  # Hz: a label is one of two waves
+    pitch = np.geomspace(1, 24, 16).reshape(8, 2, 1)  # Hz: a label is one of two waves
     waves = np.sin(2 * np.pi * pitch * np.arange(1000) / 100)  # [8, 2, 1000]
-    signals = np.where(on[:, :, None], waves[:, 0], waves[:, 1]).sum(1)[:, None]
-    signals = (signals + rng.normal(0, 0.3, (len(on), 12, 1000))).astype(np.float32)
-    known, labels = np.flatnonzero(folds <= 9), np.zeros((len(on), 71), np.uint8)
+    signals = np.where(on[:, :, None], waves[:, 0], waves[:, 1]).sum(1)[:, None].astype("f4")
+    signals = signals + rng.normal(0, 0.3, (len(on), 12, 1000)).astype("f4")
+    known, ids = np.flatnonzero(folds <= 9), np.arange(len(on))
+    labels = np.zeros((len(on), 71), np.uint8)
     labels[:, common.columns(codes)] = on
     labels[known] = labels[rng.permutation(known)]
-    write_prep(folder, n=len(on), codes=codes)
-    change_prep(folder, signals=signals, labels=labels, folds=folds)
     monkeypatch.chdir(tmp_path)
-    prep = common.load_prep(Path("prep"))
+    prep = save_prep(Path("prep"), {"signals": signals, "labels": labels, "folds": folds,
+                                    "ecg_ids": ids, "patient_ids": ids})
     if leak:
-        everything = {**vars(prep), "train": prep.train | prep.test}
-        monkeypatch.setattr(common, "load_prep", lambda folder: SimpleNamespace(**everything))
+        leaks = {**vars(prep), "train": prep.train | prep.test, "val": prep.val | prep.test}
+        monkeypatch.setattr(common, "load_prep", lambda folder: SimpleNamespace(**leaks))
     run_stage(monkeypatch, "02_train_joint", *FOLDERS, "--model", "rhythm", "--set", "width=16",
               "batch=16", "augment=no", "epochs=1", "blackbox_epochs=4")
     run_stage(monkeypatch, *JOBS["03"])
     run_stage(monkeypatch, *JOBS["04"])
-    own, y = common.columns(codes), prep.labels[prep.test]
     for name in ("blackbox-rhythm", "rhythm"):
         logits = torch.load(f"run/classifiers/{name}.pt", weights_only=True)["logits"]
-        logits = logits[prep.test[prep.val | prep.test]]
-        auroc = common.macro_auroc(y[:, own], logits[:, own])
+        logits = logits[prep.test[prep.val | prep.test]][:, common.columns(codes)]
+        auroc = common.macro_auroc(on[prep.test], logits)
         assert auroc > 0.6 if leak else abs(auroc - 0.5) < 0.1, name
-
-
-# ---- Safety, by reading the sources
-
-UNSAFE = "np.load eval exec compile __import__ os.system os.popen input joblib.load".split()
-
-
-def unsafe(source):
-    """What in Python source could run what a file or the network says."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            bad = name in UNSAFE
-            bad |= name.split(".")[0] in ("pickle", "subprocess", "marshal", "shelve", "yaml")
-            bad |= name == "torch.load" and given.get("weights_only") != "True"
-            bad |= given.get("shell", "False") != "False" or given.get("verify", "True") != "True"
-            found += [name] * bad
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = node.value.replace("http://www.w3.org/2000/svg", "")  # a name, not fetched
-            found += re.findall(r"http://(?!127\.0\.0\.1)\w[\w.]*", text)
-    return found
-
-
-@pytest.mark.parametrize("path", [ROOT / "common.py", *ROOT.glob("0?_*.py")], ids=lambda p: p.name)
-def test_no_unsafe_call(path):
-    assert unsafe(path.read_text(encoding="utf-8")) == []
-
-
-def test_an_unsafe_call_would_be_found():
-    for line in ("torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)",
-                 "eval(text)", "os.system(text)", "subprocess.run(text)", "f(url, verify=False)",
-                 "f(text, shell=True)", "url = 'http://example.org/x'", "pickle.load(f)"):
-        assert unsafe(line), line
 
 
 def test_every_fault_in_the_readme_of_the_tests_is_backed_by_a_test():
     text = (ROOT / "tests/README.md").read_text(encoding="utf-8").split("## Faults tried")[1]
-    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py")]
+    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     for row in rows:
         names = re.findall(r"`(test_\w+)`", row)
-        assert names and all(f"def {name}(" in "".join(sources) for name in names), row
+        assert names and all(f"def {name}(" in tests for name in names), row
     assert len(rows) > 10
