@@ -1,4 +1,4 @@
-"""03_project.py: prototypes become real windows of their class, and every file says the same of them."""
+"""03_project.py: prototypes become real windows of their class, and every file says the same."""
 import json
 
 import numpy as np
@@ -9,77 +9,111 @@ from conftest import CPU, arguments, run_stage, write_joint
 import common
 
 
-def project(monkeypatch, tmp_path, prep, *models, **settings):
-    for model in models:
-        write_joint(tmp_path / "run", prep, model, **settings)
-    run_stage(monkeypatch, "03_project", "--run", tmp_path / "run", "--prep", prep.path.parent, "--device", "cpu")
-    return tmp_path / "run"
+@pytest.fixture
+def project(monkeypatch, tmp_path):
+    """project(prep, model, run, change, **settings): 03 on an untrained model; its folder.
+
+    `change` is called with the state before.
+    """
+    def run_03(prep, model="rhythm", run="run", change=None, **settings):
+        path = write_joint(tmp_path / run, prep, model, **settings)
+        if change:
+            saved = torch.load(path, weights_only=True)
+            change(saved["state"])
+            common.save(path, saved)
+        run_stage(monkeypatch, "03_project", "--run", tmp_path / run, "--prep", prep.path.parent,
+                  "--device", "cpu")
+        return path.parent
+    return run_03
 
 
-def prototypes_of(run, model):
-    return json.loads((run / model / "prototypes.json").read_text())
+def loaded(folder, name):
+    return common.load_model(folder / f"{name}.pt", "", arguments(folder.parent))
+
+
+def described(folder):
+    return json.loads((folder / "prototypes.json").read_text())
 
 
 @pytest.mark.parametrize("model", common.BRANCHES)
-def test_prototypes_are_real_windows_of_their_class_in_folds_1_to_8(tiny_prep, tmp_path, monkeypatch, model):
+def test_prototypes_are_real_windows_of_their_class_in_folds_1_to_8(tiny_prep, project, model):
+    """Eq. (8) by a slow search in float64, and what prototypes.json and .npy say of it."""
     prep = tiny_prep()
-    run = project(monkeypatch, tmp_path, prep, model)
-    net, meta = common.load_model(run / model / "projected.pt", "", arguments(run))
-    found = prototypes_of(run, model)
+    folder = project(prep, model, unique=False)
+    (before, _), (net, _) = loaded(folder, "joint"), loaded(folder, "projected")
+    found, x = described(folder), np.load(folder / "prototypes.npy")
     z, carries, rows = common.training_set(net, prep, CPU)
-    order = prep.ecg_ids[rows].tolist()
-    x = np.load(run / model / "prototypes.npy")
+    assert prep.train[rows].all() and (np.diff(prep.ecg_ids[rows]) > 0).all()
     assert x.dtype == np.int16 and len(x) == len(found["prototypes"]) == len(net.p)
+    windows = z.double().unfold(2, net.p.shape[2], 1).transpose(1, 2).flatten(2)  # [N, ., D T]
     for j, q in enumerate(found["prototypes"]):
-        row, i = prep.row_of[q["ecg_id"]], order.index(q["ecg_id"])
-        assert prep.train[row] and q["class"] == net.classes[net.p_class[j]] in q["labels"] and q["index"] == j
-        assert q["labels"] == [c for c, on in zip(common.CODES, prep.labels[row]) if on]
-        assert torch.equal(net.p[j].detach(), z[i, :, q["window"]:q["window"] + net.p.shape[2]])
-        assert tuple(q["samples"]) == common.window_samples(net.kind, q["window"])
-        assert net.p_patient[j] == prep.patient_ids[row]
-        assert np.abs(x[j] - 1000 * prep.signals[row]).max() <= 0.51  # microvolt, rounded
-        assert len(q["runners_up"]) == 3 and q["ecg_id"] not in [r["ecg_id"] for r in q["runners_up"]]
-        assert all(q["class"] in r["labels"] for r in q["runners_up"])
-    assert found["descriptions"] == prep.info["descriptions"] and found["kind"] == net.kind
-    assert found["gap"] == pytest.approx(np.mean([1 - q["similarity"] for q in found["prototypes"]]))
-    assert found["distinct"] == len({(q["class"], q["ecg_id"], q["window"]) for q in found["prototypes"]})
+        c = int(net.p_class[j])
+        p = before.p[j].detach().double().flatten()
+        cosine = torch.nn.functional.cosine_similarity(windows, p, dim=2)  # [N, windows]
+        cosine[~torch.from_numpy(carries[:, c])] = -2
+        i, window = divmod(int(cosine.argmax()), cosine.shape[1])
+        assert (q["ecg_id"], q["window"]) == (prep.ecg_ids[rows[i]], window)
+        assert torch.equal(net.p[j].detach(), z[i, :, window:window + net.p.shape[2]])
+        assert q["similarity"] == pytest.approx(float(cosine.max()), abs=2e-6)
+
+        best = cosine.amax(1).tolist()  # of each record
+        order = [k for k in np.argsort(-np.array(best), kind="stable") if k != i][:3]
+        assert [r["ecg_id"] for r in q["runners_up"]] == prep.ecg_ids[rows[order]].tolist()
+        assert (q["index"], q["class"]) == (j, net.classes[c])
+        for place in (q, *q["runners_up"]):
+            labels = prep.labels[prep.row_of[place["ecg_id"]]]
+            assert place["labels"] == [code for code, on in zip(common.CODES, labels) if on]
+            assert tuple(place["samples"]) == common.window_samples(net.kind, place["window"])
+        assert net.p_patient[j] == prep.patient_ids[rows[i]]
+        assert np.abs(x[j] - 1000 * prep.signals[rows[i]]).max() <= 0.51  # microvolt, rounded
+    places = {(q["class"], q["ecg_id"], q["window"]) for q in found["prototypes"]}
+    gaps = [1 - q["similarity"] for q in found["prototypes"]]
+    assert (found["distinct"], found["records"]) == (len(places), len({e for _, e, _ in places}))
+    assert found["gap"] == pytest.approx(np.mean(gaps))
+    assert (found["kind"], found["a"], found["top_k"]) == (net.kind, net.a, net.top_k)
 
 
-def test_p_joint_and_fold_9_before_and_after(tiny_prep, tmp_path, monkeypatch, capsys):
+def test_p_joint_and_fold_9_before_and_after(tiny_prep, project, capsys):
     prep = tiny_prep()
-    run = project(monkeypatch, tmp_path, prep, "rhythm")
-    joint, projected = (torch.load(run / "rhythm" / f"{n}.pt", weights_only=True) for n in ("joint", "projected"))
-    assert torch.equal(projected["p_joint"], joint["state"]["p"])
-    assert not torch.equal(projected["p_joint"], projected["state"]["p"])
+    folder = project(prep)
+    projected = torch.load(folder / "projected.pt", weights_only=True)
     for when, name in (("before", "joint"), ("after", "projected")):
-        net, _ = common.load_model(run / "rhythm" / f"{name}.pt", "", arguments(run))
-        logits = common.batched(lambda x: net(x)[0], prep, np.flatnonzero(prep.val), CPU)
-        y = prep.labels[prep.val][:, common.columns(net.classes)]
-        assert prototypes_of(run, "rhythm")[f"val_auroc_{when}"] == pytest.approx(common.macro_auroc(y, logits))
+        net, meta = loaded(folder, name)
+        p = {"joint": projected["p_joint"], "projected": projected["state"]["p"]}[name]
+        assert torch.equal(net.p, p)
+        val, own = np.flatnonzero(prep.val), common.columns(net.classes)
+        logits = common.batched(lambda x: net(x)[0], prep, val, CPU)
+        auroc = common.macro_auroc(prep.labels[val][:, own], logits)
+        assert described(folder)[f"val_auroc_{when}"] == pytest.approx(auroc)
+    assert not torch.equal(projected["p_joint"], projected["state"]["p"])
+    assert list(meta["made_from"]) == ["preprocess.json", "rhythm/joint.pt"]
     assert capsys.readouterr().out.splitlines()[-1].endswith("projected rhythm")
 
 
-@pytest.mark.parametrize("unique, windows", [(True, 2), (False, 1)])
-def test_whether_windows_may_repeat_is_a_setting(tiny_prep, tmp_path, monkeypatch, unique, windows):
-    prep = tiny_prep()
-    path = write_joint(tmp_path / "run", prep, "rhythm", unique=unique)
-    saved = torch.load(path, weights_only=True)
-    saved["state"]["p"][1] = saved["state"]["p"][0]  # two alike, of one class
-    common.save(path, saved)
-    run_stage(monkeypatch, "03_project", "--run", tmp_path / "run", "--prep", tmp_path / "prep", "--device", "cpu")
-    first, second = prototypes_of(tmp_path / "run", "rhythm")["prototypes"][:2]
-    assert first["class"] == second["class"] and len({q["ecg_id"] for q in (first, second)}) == windows
+@pytest.mark.parametrize("unique, records", [(True, 2), (False, 1)])
+def test_whether_windows_may_repeat_is_a_setting(tiny_prep, project, unique, records):
+    def two_alike(state):
+        state["p"][1] = state["p"][0]  # of one class
+
+    folder = project(tiny_prep(), change=two_alike, unique=unique)
+    first, second, *_ = described(folder)["prototypes"]
+    assert first["class"] == second["class"]
+    assert len({first["ecg_id"], second["ecg_id"]}) == records
 
 
-def test_the_order_of_records_does_not_matter(tmp_path, monkeypatch, tiny_prep):
+def test_whether_own_patients_count_is_a_setting(tiny_prep, project):
+    net, _ = loaded(project(tiny_prep(), own_patient=True), "projected")
+    assert (net.p_patient == -1).all()
+
+
+def test_the_order_of_records_does_not_matter(tiny_prep, project):
     found = []
     for name, order in (("a", None), ("b", np.random.default_rng(5).permutation(60))):
-        prep = tiny_prep(name, order=order)
-        run = project(monkeypatch, tmp_path / name, prep, "morphology")
-        found.append([(q["ecg_id"], q["window"]) for q in prototypes_of(run, "morphology")["prototypes"]])
+        folder = project(tiny_prep(name, order=order), "morphology", run=name)
+        found.append([(q["ecg_id"], q["window"]) for q in described(folder)["prototypes"]])
     assert found[0] == found[1]
 
 
-def test_a_recipe_of_two_rounds_says_what_comes_next(tiny_prep, tmp_path, monkeypatch, capsys):
-    project(monkeypatch, tmp_path, tiny_prep(), "rhythm", rounds=2)
+def test_a_recipe_of_two_rounds_says_what_comes_next(tiny_prep, project, capsys):
+    project(tiny_prep(), rounds=2)
     assert "02_train_joint.py --round 2" in capsys.readouterr().out

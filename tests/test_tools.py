@@ -2,44 +2,108 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, change_prep, stage, write_prep, write_run
+from conftest import (
+    ROOT, change_prep, run_stage, sentence, stage, write_joint, write_prep, write_run)
 
 import common
 
-faithfulness = stage("faithfulness")
+bench, faithfulness = stage("bench"), stage("faithfulness")
+SMALL = "width=16", "batch=16", "epochs=1", "per_class=2,3,2"
 
 
-def tool(name, *flags):
-    return subprocess.run([sys.executable, f"tests/{name}.py", *map(str, flags)], cwd=ROOT, capture_output=True,
-                          text=True)
+# ---- tune.py
 
-
-@pytest.mark.slow  # nine processes a study
-def test_tuning_is_blind_to_fold_10_and_goes_on(tmp_path):
+@pytest.fixture
+def tune(tmp_path, monkeypatch):
+    """tune(trials, *flags, study, prep): a search with stages in this process; its trials."""
     optuna = pytest.importorskip("optuna")
-    prep, values = write_prep(tmp_path / "prep"), {}
-    flags = ["--model", "rhythm", "--threads", 1, "--set", "width=16", "batch=16", "epochs=1", "start=random"]
-    for name in ("clean", "poisoned"):
-        study = f"sqlite:///{tmp_path}/{name}.db"
-        for trials in (1, 2) if name == "clean" else (2,):  # in two parts, and in one
-            done = tool("tune", *flags, "--trials", trials, "--study", study, "--prep", tmp_path / "prep")
-            assert done.returncode == 0, done.stderr
-        assert "--set lr=" in done.stdout.splitlines()[-1]
-        values[name] = [t.value for t in optuna.load_study(study_name="rhythm", storage=study).trials]
-        labels = np.array(prep.labels)
-        labels[prep.test] = 1 - labels[prep.test]
-        change_prep(tmp_path / "prep", labels=labels)
-    assert len(values["clean"]) == 2 and values["clean"] == values["poisoned"]
-    done = tool("tune", *flags, "--trials", 3, "--study", study, "--prep", tmp_path / "prep", "--search", "batch")
-    assert done.returncode == 1 and "other settings" in done.stderr.splitlines()[-1]
 
+    def run(command, **_):
+        try:
+            run_stage(monkeypatch, Path(command[1]).stem, *command[2:])
+        except SystemExit as e:
+            return SimpleNamespace(returncode=1, stderr=str(e))
+        return SimpleNamespace(returncode=0)
+
+    def search(trials, *flags, study="study", prep="prep"):
+        storage = f"sqlite:///{tmp_path}/{study}.db"
+        run_stage(monkeypatch, "tune", "--model", "rhythm", "--trials", trials, "--study", storage,
+                  "--prep", tmp_path / prep, "--run", tmp_path / f"run-{prep}", "--threads", 1,
+                  "--set", *SMALL, *flags)
+        trials = optuna.load_study(study_name="rhythm", storage=storage).trials
+        return [(t.params, t.value) for t in trials]
+
+    monkeypatch.setattr(stage("tune"), "subprocess", SimpleNamespace(run=run))
+    return search
+
+
+def test_tuning_goes_on_blind_to_fold_10_and_its_best_can_be_trained(
+        tune, tmp_path, monkeypatch, capsys):
+    """Two trials, one after the other; and both at once with fold 10 replaced by garbage."""
+    prep = write_prep(tmp_path / "prep")
+    signals, labels = np.array(prep.signals), np.array(prep.labels)
+    signals[prep.test], labels[prep.test] = 50, 1 - labels[prep.test]
+    write_prep(tmp_path / "poisoned")
+    poisoned = change_prep(tmp_path / "poisoned", signals=signals, labels=labels)
+    for each in (prep, poisoned):
+        write_joint(tmp_path / f"run-{each.path.parent.name}", each, "blackbox-rhythm", seed=42)
+    search = "--search", "training", "lambdas", "batch", "per_class"
+    tune(1, *search)
+    found = tune(2, *search)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert found == tune(2, *search, study="other", prep="poisoned")
+    assert len(found) == 2 and found[0][0]["lr"] != found[1][0]["lr"]
+    assert len(found[0][0]) == 10  # four for training, four lambdas, batch, prototypes a class
+    flags = ["--run", tmp_path / "run-prep", "--prep", tmp_path / "prep", "--model", "rhythm"]
+    run_stage(monkeypatch, "02_train_joint", *flags, "--set", *line.split("--set ")[1].split())
+    for name in ("03_project", "04_fusion"):
+        run_stage(monkeypatch, name, *flags)
+    path = tmp_path / "run-prep/classifiers/rhythm.pt"
+    best = common.load(path, "")["meta"]["val_auroc"]
+    assert best == max(value for _, value in found) and f"{best:.4f}" in line
+
+
+def test_what_tuning_refuses_and_what_it_survives(tune, tmp_path, monkeypatch):
+    def refused(*given, **more):
+        with pytest.raises(SystemExit) as e:
+            tune(*given, **more)
+        return sentence(e)
+
+    prep = write_prep(tmp_path / "prep")
+    assert "02_train_joint.py --model blackbox-rhythm" in refused(1)
+    write_joint(tmp_path / "run-prep", prep, "blackbox-rhythm", seed=42)
+    assert "blackbox-rhythm/joint.pt has width 16" in refused(1, "width=32", study="wide")
+    tune(1)
+    assert "other settings" in refused(2, "top_k=3") and "other settings" in refused(2, "--seed", 1)
+    monkeypatch.setattr(stage("02_train_joint"), "augment", lambda x: x * np.nan)
+    assert "diverged" in refused(2, study="diverging")
+    assert tune(2)[1][1] is None  # a pruned trial beside a finished one
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study(tmp_path):
+    """They begin at the same moment, with a database that is not there yet."""
+    prep, study = write_prep(tmp_path / "prep"), f"sqlite:///{tmp_path}/study.db"
+    write_joint(tmp_path / "run", prep, "blackbox-rhythm", seed=42)
+    flags = ["--prep", tmp_path / "prep", "--run", tmp_path / "run", "--threads", 1]
+    flags += ["--model", "rhythm", "--trials", 4, "--study", study, "--set", *SMALL]
+    command = [sys.executable, ROOT / "tests/tune.py", *flags]
+    workers = [subprocess.Popen([*map(str, command)]) for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    trials = pytest.importorskip("optuna").load_study(study_name="rhythm", storage=study).trials
+    assert 4 <= len(trials) <= 5
+    assert len({t.params["lr"] for t in trials}) == len(trials)
+
+
+# ---- bench.py
 
 def test_flop_of_a_step_are_three_times_those_of_the_forward_pass():
-    bench = stage("bench")
     macs = 500 * 12 * 7 * 16 + 250 * 4 * 3 * 16**2  # the stem and the first stage of width 16
     for i, length in enumerate((125, 63, 32), start=1):
         c = 16 * 2**i
@@ -48,9 +112,37 @@ def test_flop_of_a_step_are_three_times_those_of_the_forward_pass():
     assert got == pytest.approx(3 * 2 * macs, rel=0.05)  # but for the stem's input and the head
 
 
+@pytest.mark.parametrize("others", [0.04, 0.06])
+def test_a_busy_machine_gives_no_seconds(tmp_path, monkeypatch, others):
+    """Each stage takes 10 s and 7 s of CPU time; other programs take a share of the machine."""
+    each = np.array([10.0, 7.0, 7.0 + 10 * others * bench.os.cpu_count()])
+    steps, printed = iter(range(100)), "  3.0 s     1 min left  2.0 s     0 min left"
+    monkeypatch.setattr(bench, "clocks", lambda: each * next(steps))
+    monkeypatch.setattr(bench, "stage", lambda *_: (0.5, printed))
+    write_prep(tmp_path / "prep")  # 48 records for training
+    args = SimpleNamespace(data=tmp_path, synthetic=None, width=16)
+    _, *rows = bench.measure_stages(args, tmp_path, peak=1e9)
+    steps = {row[0]: row[1:] for row in rows}
+    share = round(24 * bench.step_flop("rhythm", 16) / 1e9, 3)
+    whole, epoch = [10.0, "–", "–"], [2.0, 24, share]
+    if others > 0.05:
+        whole = epoch = [bench.BUSY, "–", "–"]
+    assert steps["02, an epoch of rhythm"] == [*epoch, 7.0, 0.5]
+    assert all(steps[name] == [*whole, 7.0, 0.5] for name in "01 03 04 05 06".split())
+
+
+def test_sizes_and_latency_of_a_run(tmp_path):
+    path = write_joint(tmp_path / "run", write_prep(tmp_path / "prep"), "rhythm")
+    (name, parameters, mb, ms), = bench.sizes_and_latency(tmp_path / "run")
+    assert name == "rhythm" and mb == pytest.approx(4 * parameters / 1e6, rel=0.05)
+    assert mb == pytest.approx(path.stat().st_size / 1e6, rel=0.1) and 0 < ms < 1e4
+
+
+# ---- faithfulness.py
+
 def test_evidence_equals_a_slow_loop():
     rng = np.random.default_rng(0)
-    X, W, b, thresholds = rng.normal(size=(20, 6)), rng.normal(size=(3, 6)), rng.normal(size=3), np.zeros(3)
+    X, W, b = rng.normal(size=(20, 6)), rng.normal(size=(3, 6)), rng.normal(size=3)
     needed, against = [], []
     for x in X:
         for w, bias in zip(W, b):
@@ -62,7 +154,7 @@ def test_evidence_equals_a_slow_loop():
                 k += 1
             needed.append(k)
             against.append(-terms[terms < 0].sum() / sum(size))
-    found = faithfulness.evidence(X, W, b, thresholds)
+    found = faithfulness.evidence(X, W, b, np.zeros(3))
     assert list(found.values()) == pytest.approx([np.mean(needed), np.mean(against)])
 
 
@@ -80,28 +172,30 @@ def test_disturbances_are_as_large_as_they_say():
     noise = found["20 dB noise"][0] - x
     assert 10 * np.log10((x**2).mean() / (noise**2).mean()) == pytest.approx(20, abs=0.2)
     assert 0.05 < np.abs(found["wander"][0] - x).max() < 0.5
-    assert np.array_equal(found["shift +0.2 s"][0][..., 20:], x[..., :-20]) and found["shift +0.2 s"][1] == 20
+    shifted, samples = found["shift +0.2 s"]
+    assert np.array_equal(shifted[..., 20:], x[..., :-20]) and samples == 20
 
 
 def test_bridge_and_the_place_of_the_control():
-    x, mask = np.arange(24000.0).reshape(2, 12000)[:, :1000] ** 1.5, np.zeros(1000, bool)
+    x = np.arange(24000.0).reshape(2, 12000)[:, :1000] ** 1.5
+    mask = np.zeros(1000, bool)
     mask[300:400] = True
     got = faithfulness.bridged(x, mask)
-    assert np.array_equal(got[:, ~mask], x[:, ~mask]) and np.allclose(np.diff(got[0, 299:401], 2), 0)
+    assert np.array_equal(got[:, ~mask], x[:, ~mask])
+    assert np.allclose(np.diff(got[0, 299:401], 2), 0)
     other = faithfulness.elsewhere(mask, np.random.default_rng(0))
     assert other.sum() == 100 and not (other & mask).any()
 
 
 def test_a_run_is_measured(tmp_path, monkeypatch):
-    prep = write_prep(tmp_path / "prep", n=100)
-    write_run(monkeypatch, tmp_path / "run", prep)
-    monkeypatch.setattr(sys, "argv", ["x", "--run", str(tmp_path / "run"), "--prep", str(tmp_path / "prep")])
-    faithfulness.main()
-    found = json.loads((tmp_path / "run/faithfulness.json").read_text())
-    assert set(found) == {*common.BRANCHES, "fusion"}
-    assert found["rhythm"]["duplicates"] == 0 and {"logit drop, cut", "window, wander"} <= set(found["morphology"])
-    net = common.load_run(tmp_path / "run", ["rhythm"])[0].networks[0]
+    run = tmp_path / "run"
+    write_run(monkeypatch, run, write_prep(tmp_path / "prep", n=100))
+    run_stage(monkeypatch, "faithfulness", "--run", run, "--prep", tmp_path / "prep")
+    found = json.loads((run / "faithfulness.json").read_text())
+    assert set(found) == {*common.BRANCHES, "fusion"} and found["rhythm"]["duplicates"] == 0
+    assert {"logit drop, cut", "window, wander"} <= set(found["morphology"])
+    net = common.load_run(run, ["rhythm"])[0].networks[0]
     unit = torch.nn.functional.normalize(net.p.detach().double().flatten(1), dim=1)
-    same = net.p_class[:, None] == net.p_class
-    S = unit @ unit.T
-    assert found["rhythm"]["separation"] == pytest.approx(1 - float(S[~same].mean()), abs=1e-4)
+    other = net.p_class[:, None] != net.p_class
+    separation = 1 - float((unit @ unit.T)[other].mean())
+    assert found["rhythm"]["separation"] == pytest.approx(separation, abs=1e-4)
