@@ -591,16 +591,16 @@ def changed_input(meta, args):
 
 
 def provenance(args, *inputs):
-    """What goes into every file: fingerprints of `inputs` [(path, its meta)] and of all that they
-    were made from, the commands up to this one, versions."""
+    """Fingerprints of `inputs` [(path, its meta)] and of theirs, the commands so far, versions."""
     made_from, commands = {}, []
     for path, meta in inputs:
         name = path.name if path.parent == args.prep else path.relative_to(args.run).as_posix()
         made_from.update({**meta["made_from"], name: file_hash(path)})
         commands += meta["commands"]
-    commands.append(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "numpy": np.__version__}
+    own = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    again = own in commands and commands[-1] != own  # 03, in a second round
+    commands.append(f"{own}  # again" if again else own)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {"format": FORMAT, "made_from": made_from, "commands": list(dict.fromkeys(commands)),
             "versions": versions, "hardware": hardware(args.device)}
 

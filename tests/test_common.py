@@ -665,6 +665,17 @@ def test_chain_is_transitive_and_a_change_is_noticed(tmp_path):
         common.load(third, "03", alone)
 
 
+def test_the_commands_of_a_second_round_are_all_there(tmp_path, monkeypatch):
+    args, path = arguments(tmp_path / "run", tmp_path / "prep"), tmp_path / "run/m/joint.pt"
+    meta = {"made_from": {}, "commands": []}
+    common.save(path, {"meta": meta})
+    for argv in (["02.py"], ["03.py"], ["02.py", "--round", "2"], ["03.py"], ["04.py"], ["04.py"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        meta = common.provenance(args, (path, meta), (path, meta))
+    assert [c.removeprefix("python ") for c in meta["commands"]] == [
+        "02.py", "03.py", "02.py --round 2", "03.py  # again", "04.py"]
+
+
 @pytest.mark.parametrize("name", ["labels", "folds", "ecg_ids", "patient_ids", "signals"])
 def test_arrays_of_another_preprocessing_are_refused(tiny_prep, tmp_path, name):
     array = np.array(getattr(tiny_prep(), name))
