@@ -59,65 +59,48 @@ def fit(X, Y, off, lambda_, W=None, b=None, l2=L2, tolerance=TOLERANCE, rounds=2
     """Minimise Eq. (10), mean BCE + lambda |W| over `off` + l2 / 2 |W|^2, for every class.
 
     X [N, P] standardised scores, Y [N, C] in {0, 1}, off [C, P] True for other classes' prototypes,
-    in float64; lambda_ is [C] or a number, inf for no such weights. Newton's method on a working
-    set of own-class weights, non-zero weights and those that violate optimality most. Returns
-    W [C, P], b [C] and the largest violation.
+    in float64; lambda_ is [C] or a number, inf for no such weights. Starts from W and b if given.
+    Returns W [C, P], b [C] and the largest violation of the optimality conditions.
     """
     if W is None:
         prior = Y.mean(0).clip(1e-9, 1 - 1e-9)
         W, b = np.zeros(off.shape), np.log(prior / (1 - prior))
-    W, b, largest = W.copy(), b.copy(), np.full(len(W), np.inf)
+    W, b, largest = W.copy(), b.copy(), 0.0
     X_1 = np.column_stack([X, np.ones(len(X))])  # the bias comes last
-    todo, lambda_ = np.arange(len(W)), np.broadcast_to(lambda_, len(W))
-    for _ in range(rounds):
-        W_c, off_c = W[todo], off[todo]
-        error = expit(X @ W_c.T + b[todo]) - Y[:, todo]  # [N, classes to do]
-        G = error.T @ X / len(X) + l2 * W_c  # [., P] smooth gradient
-        l1 = np.where(off_c, lambda_[todo, None].clip(max=1e9), 0.0)  # [., P]
-        violation = violated(W_c, G, l1)
-        largest[todo] = np.maximum(violation.max(1), np.abs(error.mean(0)))  # weights and bias
-        unsolved = largest[todo] > tolerance
-        todo, violation = todo[unsolved], violation[unsolved]
-        if len(todo) == 0:
-            break
-        for c, v in zip(todo, violation):
-            entering = np.flatnonzero(off[c] & (W[c] == 0) & (v > 0))
-            entering = entering[np.argsort(-v[entering])[:ENTERING]]
-            work = np.union1d(np.flatnonzero(~off[c] | (W[c] != 0)), entering)
-            l1 = np.where(off[c, work], lambda_[c], 0.0)
-            W[c, work], b[c] = newton(
-                X_1[:, [*work, -1]], Y[:, c], l1, W[c, work], b[c], l2, tolerance / 2)
-    return W, b, float(largest.max())
+    ridge = np.append(np.full(X.shape[1], l2), 0.0)
+    for c, strength in enumerate(np.broadcast_to(lambda_, len(W))):
+        l1 = np.append(np.where(off[c], min(strength, 1e9), 0.0), 0.0)
+        v, violation = newton(X_1, Y[:, c], l1, ridge, np.append(W[c], b[c]), tolerance, rounds)
+        W[c], b[c], largest = v[:-1], v[-1], max(largest, violation)
+    return W, b, float(largest)
 
 
-def violated(w, g, l1):
-    """How far weights w with smooth gradient g are from the optimality conditions of L1."""
-    return np.where(w != 0, np.abs(g + l1 * np.sign(w)), np.maximum(np.abs(g) - l1, 0))
+def newton(X, y, l1, ridge, v, tolerance, rounds):
+    """Eq. (10) for one class: X [N, A], y [N], l1, ridge and start v [A] -> v, its violation.
 
-
-def newton(X, y, l1, w, b, l2, tolerance):
-    """Eq. (10) for one class: X [N, A + 1], last column ones, y [N], l1 [A], start w [A], b.
-
-    Proximal Newton with step halving. The Hessian may be float32: it only leads to the optimum.
+    Proximal Newton with step halving, on a working set: weights without L1, non-zero weights, and
+    those that violate optimality most. The Hessian may be float32: it only leads to the optimum.
     """
-    X_32 = X.astype(np.float32)
-    v, l1 = np.append(w, b), np.append(l1, 0.0)
-    ridge = np.append(np.full(len(w), l2), 0.0)
-
     def objective(v):
         m = X @ v
         bce = np.mean(np.logaddexp(0, m) - y * m)
         return bce + (ridge * v * v).sum() / 2 + (l1 * np.abs(v)).sum(), m
 
     value, m = objective(v)
-    for _ in range(50):
+    for _ in range(rounds):
         prob = expit(m)
         g = X.T @ (prob - y) / len(y) + ridge * v
-        if violated(v, g, l1).max() < tolerance:
+        violation = np.where(v != 0, np.abs(g + l1 * np.sign(v)), np.abs(g) - l1)
+        if violation.max() < tolerance:
             break
-        R = X_32 * np.sqrt(prob * (1 - prob) / len(y)).astype(np.float32)[:, None]
-        H = (R.T @ R).astype(np.float64) + np.diag(ridge + 1e-9)
-        step = feature_sign(H, H @ v - g, l1, v, tolerance / 10) - v
+        on = (l1 == 0) | (v != 0)
+        others = np.where(on, -1, violation)
+        on |= (others > 0) & (others >= np.sort(others)[-min(ENTERING, len(v))])
+        share = np.sqrt(prob * (1 - prob) / len(y))
+        R = X[:, on].astype(np.float32) * share.astype(np.float32)[:, None]
+        H = (R.T @ R).astype(np.float64) + np.diag(ridge[on] + 1e-9)
+        step = np.zeros_like(v)
+        step[on] = minimise(H, H @ v[on] - g[on], l1[on], v[on], tolerance / 10) - v[on]
         for t in 0.5 ** np.arange(20):
             trial, m_trial = objective(v + t * step)
             if trial <= value:
@@ -125,35 +108,27 @@ def newton(X, y, l1, w, b, l2, tolerance):
         else:
             break
         v, value, m = v + t * step, trial, m_trial
-    return v[:-1], v[-1]
+    return v, violation.max()
 
 
-def feature_sign(H, r, l1, v, tolerance):
-    """Minimise v H v / 2 - r v + l1 |v| exactly by guessing signs (Lee et al. 2006)."""
-    v = v.copy()
-    sign = np.sign(v)
-    for _ in range(20 * len(v)):
-        on = np.flatnonzero((sign != 0) | (l1 == 0))
-        new = np.linalg.solve(H[np.ix_(on, on)], r[on] - l1[on] * sign[on])
-        wrong = (l1[on] > 0) & (np.sign(new) != sign[on])
-        if wrong.any():  # along the line, to the best point where a weight reaches zero
-            old, move = v[on], new - v[on]
-            stops = np.append(-old[wrong] / move[wrong], 1.0)
-            points = old + stops[:, None] * move
-            points[np.arange(len(stops) - 1), np.flatnonzero(wrong)] = 0
-            quadratic = ((points @ H[np.ix_(on, on)]) * points).sum(1) / 2
-            cost = quadratic - points @ r[on] + np.abs(points) @ l1[on]
-            v[on] = points[cost.argmin()]
-            sign = np.sign(v)
-            continue
-        v[on] = new
-        g = H @ v - r
-        excess = np.where((sign == 0) & (l1 > 0), np.abs(g) - l1, 0)
-        j = excess.argmax()
-        if excess[j] <= tolerance:
+def minimise(H, r, l1, v, tolerance, rounds=5000):
+    """Minimise v H v / 2 - r v + l1 |v| by FISTA (Beck and Teboulle 2009), in units in which the
+    diagonal of H is 1, started anew whenever it overshoots."""
+    d = np.sqrt(np.diag(H))
+    H, r, v = H / d / d[:, None], r / d, v * d
+    L = np.linalg.eigvalsh(H)[-1]
+    z, t = v, 1.0
+    for _ in range(rounds):
+        u = z - (H @ z - r) / L
+        u = np.sign(u) * np.maximum(np.abs(u) - l1 / d / L, 0)
+        if (z - u) @ (u - v) > 0:
+            t = 1.0
+        t_next = (1 + np.sqrt(1 + 4 * t * t)) / 2
+        z, change = u + (t - 1) / t_next * (u - v), np.abs(u - v).max()
+        v, t = u, t_next
+        if change * L < tolerance:
             break
-        sign[j] = -np.sign(g[j])
-    return v
+    return v / d
 
 
 def fit_path(X, Y, off, X_val, y_val, recipe, what):
