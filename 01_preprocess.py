@@ -2,13 +2,11 @@
 
 reads   DATA/ptbxl_database.csv, scp_statements.csv, records100/
 writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered at 0.5 Hz;
-        labels.npy uint8 [N, 71]; folds.npy, ecg_ids.npy, patient_ids.npy int64 [N];
-        preprocess.json: StandardScaler of folds 1-8, Jaccard similarities, counts
+        labels uint8 [N, 71]; folds, ecg_ids, patient_ids int64 [N]; preprocess.json: scaler, counts
 
-    python 01_preprocess.py                 all 21,799 records
-    python 01_preprocess.py --records 3000  the first 3,000
+    python 01_preprocess.py     all 21,799 records; with --records 3000 the first 3,000
 
-Takes 0.5 minutes. Last line: `runs/prep: 21,799 records (folds 1-8, 9, 10: [17418, 2183, 2198])`
+Takes half a minute. Last line: `runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
 """
 import sys
 from itertools import islice
@@ -22,7 +20,9 @@ import common
 from common import CODES, LEADS
 
 TABLES = "ptbxl_database.csv", "scp_statements.csv"
-NUMBERS = ["ecg_id", "patient_id", "strat_fold"]
+HASHES = "7600de9c1b27d181", "ad05b0b1fcae83bb"  # of the tables of PTB-XL v1.0.3
+OTHER = "NOT PTB-XL v1.0.3", "SYNTHETIC"
+NUMBERS, WORDS = ["ecg_id", "patient_id", "strat_fold"], ["scp_codes", "filename_lr"]
 CSV = {"encoding": "utf-8-sig", "dtype": str, "engine": "python"}  # refuses odd quotes
 
 
@@ -31,8 +31,7 @@ def read_tables(data, first):
     described = dict(pd.read_csv(data / TABLES[1], usecols=[0, 1], **CSV).to_numpy())
     if list(described) != CODES:
         raise ValueError(f"{TABLES[1]} does not list the 71 labels of PTB-XL")
-    columns = [*NUMBERS, "scp_codes", "filename_lr"]
-    table = pd.read_csv(data / TABLES[0], usecols=columns, **CSV).fillna("")
+    table = pd.read_csv(data / TABLES[0], usecols=NUMBERS + WORDS, **CSV).fillna("")
     numbers = table[NUMBERS].apply(pd.to_numeric, errors="coerce")
     ecg_id, patient, fold = (numbers[name] for name in NUMBERS)
     names = [f"records100/{i // 1000 * 1000:05.0f}/{i:05.0f}_lr" for i in ecg_id]
@@ -127,23 +126,24 @@ def main():
     signals.replace(args.prep / "signals.npy")
     labels = [[f"'{c}'" in codes for c in CODES] for codes in table["scp_codes"]]
     arrays = {"labels": np.uint8(labels), **table[["folds", "ecg_ids", "patient_ids"]]}
-    shapes = {"signals": [len(table), 12, 1000]}
     for name, array in arrays.items():
         common.save(args.prep / f"{name}.npy", array)
-        shapes[name] = list(array.shape)
+    hashes = tuple(common.file_hash(args.data / n) for n in TABLES)
+    other = b"SYNTHETIC" in (args.data / TABLES[0]).read_bytes()
+    data = "PTB-XL v1.0.3" if hashes == HASHES else OTHER[other]
     train = arrays["labels"][table["folds"] <= 8]
     positives = dict(zip(CODES, train.sum(0).tolist()))
     common.save(args.prep / "preprocess.json", {
-        **common.provenance(args), "records": len(table), "shapes": shapes,
-        "sizes": dict(zip(["train", "validation", "test"], sizes)), "skipped": skipped,
+        **common.provenance(args), "records": len(table), "skipped": skipped,
+        "sizes": dict(zip(["train", "validation", "test"], sizes)),
         "codes": CODES, "descriptions": described, "training_positives": positives,
         "without_training_record": [c for c in CODES if not positives[c]],
-        "filter": "Butterworth high-pass, order 1, 0.5 Hz, forwards and backwards",
+        "filter": "Butterworth high-pass, order 1, 0.5 Hz, both ways",
         "scaler": {"mean": scaler.mean_.tolist(), "std": scaler.scale_.tolist()},
         "jaccard": jaccard(train).round(6).tolist(), "flat_leads": flat, "saturated": saturated,
-        "sha256": {n: common.file_hash(args.prep / f"{n}.npy") for n in shapes},
-        "tables": {n: common.file_hash(args.data / n) for n in TABLES}})
-    print(f"{args.prep}: {len(table):,} records (folds 1-8, 9, 10: {sizes})")
+        "sha256": {n: common.file_hash(args.prep / f"{n}.npy") for n in ("signals", *arrays)},
+        "data": data, "tables": dict(zip(TABLES, hashes))})
+    print(f"{args.prep}: {len(table):,} records, {data}: {sizes}")
 
 
 if __name__ == "__main__":

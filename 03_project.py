@@ -1,9 +1,8 @@
 """Stage 03, projection (paper 3.5, Stage 2, Eq. 8): each prototype becomes a patch of a real ECG.
 
-Looks through all windows of all training records (folds 1-8) that carry the prototype's label,
-whatever else they carry, takes the most similar one, and notes where it came from. Prints what the
-move costs: the gap (mean of 1 - cosine between a prototype and its patch), distinct windows, and
-the fold-9 macro-AUROC of Stage 1's head before and after.
+Of all windows of all training records (folds 1-8) that carry the prototype's label it takes the
+most similar. Prints the gap (mean of 1 - cosine of a prototype and its patch), distinct windows,
+and fold 9 with Stage 1's head, which was fitted before; 04's, that counts, is fitted after.
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/joint.pt
 writes  RUN/MODEL/projected.pt; prototypes.json: of each prototype class, ecg_id, window, samples,
@@ -12,13 +11,12 @@ writes  RUN/MODEL/projected.pt; prototypes.json: of each prototype class, ecg_id
     python 03_project.py                     every prototype model of the run
     python 03_project.py --model rhythm      one of them
 
-Takes up to a minute a branch on 2 CPU cores, nearly all of it the forward pass.
-Last line: `runs/default: projected rhythm, morphology, global`.
+Takes half a minute a branch on 2 CPU cores. Last line:
+`runs/default: projected rhythm, morphology, global`.
 """
 import time
 
 import numpy as np
-import torch
 
 import common
 from common import BOXES, CODES
@@ -26,14 +24,11 @@ from common import BOXES, CODES
 
 def fold_9_auroc(model, prep, device, prototypes):
     """Macro-AUROC on fold 9 with Stage 1's head and each of several `prototypes` [P, D, T]."""
-    rows = np.flatnonzero(prep.val)
+    rows, aurocs = np.flatnonzero(prep.val), []
     y = prep.labels[rows][:, common.columns(model.classes)]
-    z, aurocs = common.batched(model.latent, prep, rows, device), []
     for p in prototypes:
         model.p.data = p
-        with torch.no_grad():
-            parts = [model.head(model.scores(part.to(device))) for part in z.split(256)]
-        aurocs.append(common.macro_auroc(y, torch.cat(parts).cpu().numpy()))
+        aurocs.append(common.macro_auroc(y, common.batched(model, prep, rows, device)))
     return aurocs
 
 
@@ -45,16 +40,13 @@ def describe(model, found, prep):
                 "samples": common.window_samples(model.kind, window),
                 "similarity": round(cosine, 6), "labels": [c for c, on in zip(CODES, labels) if on]}
 
-    described = []
-    for j, (source, *runners_up) in enumerate(found):
-        described.append({"index": j, "class": model.classes[model.p_class[j]], **place(*source),
-                          "runners_up": [place(*r) for r in runners_up]})
-    return described
+    return [{"index": j, "class": model.classes[model.p_class[j]], **place(*source),
+             "runners_up": [place(*r) for r in runners_up]}
+            for j, (source, *runners_up) in enumerate(found)]
 
 
 def main():
-    p = common.argument_parser(__doc__, *common.RUN_FLAGS)
-    args = common.parse(p)
+    args = common.parse(common.argument_parser(__doc__, *common.RUN_FLAGS))
     prep = common.load_prep(args.prep)
     names = [n for n in args.model or common.trained_models(args.run) if n not in BOXES]
     for name in names:
@@ -63,20 +55,19 @@ def main():
         model, meta = common.load_model(path, "02_train_joint.py", args)
         cfg, p_joint = common.config_of(meta), model.p.data.clone()
         z, carries, rows = common.training_set(model, prep, args.device)
-        ids = prep.ecg_ids[rows]
-        projected, found = common.project(
-            z, carries, ids, p_joint, model.p_class, cfg.unique, runners=3)  # Eq. (8)
+        projected, found = common.project(z, carries, prep.ecg_ids[rows], p_joint,
+                                          model.p_class, cfg.unique, runners=3)  # Eq. (8)
         model.p_patient.copy_(common.own_patients(found, prep, cfg))
         before, after = fold_9_auroc(model, prep, args.device, [p_joint, projected])
 
         prototypes = describe(model, found, prep)
-        x = prep.signals[[prep.row_of[q["ecg_id"]] for q in prototypes]]  # [P, 12, 1000] mV
+        x = 1000 * prep.signals[[prep.row_of[q["ecg_id"]] for q in prototypes]]  # uV
         distinct = len({(q["class"], q["ecg_id"], q["window"]) for q in prototypes})
         records = len({q["ecg_id"] for q in prototypes})
         gap = float(np.mean([1 - q["similarity"] for q in prototypes]))
         made = common.provenance(args, (path, meta))
-        common.save(path.with_name("prototypes.npy"), (1000 * x).round().clip(
-            -32768, 32767).astype(np.int16))
+        x = x.round().clip(-32768, 32767).astype(np.int16)  # [P, 12, 1000]
+        common.save(path.with_name("prototypes.npy"), x)
         common.save(path.with_name("projected.pt"), {
             "meta": {**meta, **made}, "p_joint": p_joint.cpu(),
             "state": {k: v.cpu() for k, v in model.state_dict().items()}})
@@ -85,7 +76,7 @@ def main():
             **made, "model": name, "kind": model.kind, "a": model.a, "top_k": model.top_k,
             "gap": gap, "distinct": distinct, "records": records, "val_auroc_before": before,
             "val_auroc_after": after, "descriptions": prep.info["descriptions"],
-            "prototypes": prototypes})
+            "data": prep.info["data"], "prototypes": prototypes})
         print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {distinct} distinct "
               f"windows of {records} records  fold 9 {before:.4f} -> {after:.4f}  "
               f"{time.time() - began:.1f} s", flush=True)

@@ -1,15 +1,16 @@
 """Stage 04, classifiers (paper 3.5, Stage 3, Eq. 9-10): sparse linear layers on similarities.
 
 Solves the convex problem of Eq. (10) to its optimum on the standardised similarities of folds 1-8,
-for each branch on its own labels and for the fusion of all branches on all labels; the L1 strength
-is chosen on fold 9. Only weights of other classes' prototypes carry the L1 term. In our recipe
-lambda depends on the label, and what a prototype scores on its own patient's records is left out.
+for each branch on its own labels and for the fusion of all branches on all labels. In our recipe a
+label has one weight for all prototypes of a class, on the mean similarity to them; lambda depends
+on the label; what a prototype scores on its own patient's records is left out. Weights of other
+classes alone carry the L1 term, of the largest strength that costs almost nothing on fold 9.
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/projected.pt, RUN/blackbox-*/joint.pt
 writes  RUN/classifiers/NAME.pt: logits of folds 9 and 10 [., 71], thresholds [C] chosen on fold 9,
-        W [C, P], b [C], mean [P], std [P]. NAMEs: each model; fusion; fusion-own (own-class weights
-        alone); macro and blackbox-macro (each label from its own branch); steps on the way:
-        NAME-joint and -projected (Stage 1's head), -unprojected
+        W [C, F], b [C], mean [F], std [F] of the pieces of evidence A [P, F]. NAMEs: each model;
+        fusion; fusion-own (own-class weights alone); macro and blackbox-macro (each label from its
+        own branch); steps on the way: NAME-joint, -projected (Stage 1's head), -unprojected
 
     python 04_fusion.py                      every model of the run, and the fusion of the three
     python 04_fusion.py --model rhythm       one of them
@@ -34,7 +35,7 @@ STRENGTHS = {
     "default": [5e-2, 2e-2, 1e-2, 7e-3, 5e-3, 3e-3, 2e-3, 1e-3],
     "paper": [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4],
 }
-MOST_OFF = {"default": 0.1, "paper": 1.0}  # share of off-class weights that may be non-zero
+WITHIN, RESAMPLES = 0.002, 20  # of the best fold-9 macro-AUROC, a mean over so many resamples
 L2 = 1e-4  # on all weights; without it a class that is separable has no optimum
 ENTERING = 64  # weights that may join a class's working set at a time
 TOLERANCE = 1e-5  # on the optimality conditions, in units of the mean BCE
@@ -132,37 +133,36 @@ def minimise(H, r, l1, v, tolerance, rounds=5000):
 
 
 def fit_path(X, Y, off, X_val, y_val, recipe, what):
-    """Fit Eq. (10) from strong to weak L1: W, b, the strength that is best on fold 9, the path.
+    """Fit Eq. (10) from strong to weak L1: W, b, the strength chosen on fold 9, the path.
 
-    Strengths that leave more than MOST_OFF of the off-class weights are not considered, but for the
-    strongest: nobody could read them. X [N, P], Y [N, C], off [C, P], X_val [M, P], y_val [M, C].
+    Chosen is the strongest within WITHIN of the best: a maximum alone would be chance.
+    X [N, F], Y [N, C], off [C, F], X_val [M, F], y_val [M, C].
     """
     path, fits, W, b = [], [], None, None
+    draws = np.random.default_rng(0).integers(len(y_val), size=(RESAMPLES, len(y_val)))
     for strength in tqdm(STRENGTHS[recipe], f"{what}: L1 strengths", leave=False, disable=None):
         W, b, violation = fit(X, Y, off, lambda_of(strength, Y, recipe), W, b)
-        if fits and off.any() and (W[off] != 0).mean() > MOST_OFF[recipe]:
-            break
-        auroc = np.nan_to_num(common.macro_auroc(y_val, X_val @ W.T + b))
-        path.append({"strength": strength, "val_auroc": float(auroc), "violation": violation,
-                     "nonzero": int((W != 0).sum())})
+        logits = X_val @ W.T + b
+        auroc = np.mean([common.macro_auroc(y_val[i], logits[i]) for i in draws])
+        path.append({"strength": strength, "val_auroc": float(np.nan_to_num(auroc)),
+                     "violation": violation, "nonzero": int((W != 0).sum())})
         fits.append((W, b))
-    best = int(np.argmax([row["val_auroc"] for row in path]))  # of equals the strongest
-    return *fits[best], path[best]["strength"], path
+    aurocs = np.array([row["val_auroc"] for row in path])
+    chosen = int(np.argmax(aurocs >= aurocs.max() - WITHIN))  # the first, so the strongest
+    return *fits[chosen], path[chosen]["strength"], path
 
 
 # ---- Scores, and what is kept of a classifier
 
-def standardise(scores, prep, p_patient):
-    """scores [N, P] -> X [N, P], mean [P], std [P] of folds 1-8, in float64.
+def standardise(scores, A, prep, p_patient):
+    """scores [N, P] and pieces A [P, F] -> X [N, F], mean [F], std [F] of folds 1-8, in float64.
 
     How well a prototype matches the records of its own patient, p_patient [P], says nothing about
-    new patients, so those entries of X are set to the mean, 0; -1: none (Config.own_patient).
+    new patients, so it does not count there; -1: all count (Config.own_patient).
     """
-    scores = scores.astype(np.float64)
-    mean, std = scores[prep.train].mean(0), scores[prep.train].std(0).clip(1e-6)
-    X = (scores - mean) / std
-    X[prep.patient_ids[:, None] == p_patient] = 0
-    return X, mean, std
+    s = common.evidence(scores, A, prep.patient_ids[:, None] != p_patient)
+    mean, std = np.nanmean(s[prep.train], 0), np.nanstd(s[prep.train], 0).clip(1e-6)
+    return np.nan_to_num((s - mean) / std), mean, std
 
 
 def thresholds_of(y, logits):
@@ -210,30 +210,34 @@ def classify(args, prep, name, about, branches, own_only=False):
 
     Then at the same strength on the scores before projection.
     """
-    recipe = branches[0].recipe
-    p_code = np.array([c for branch in branches for c in branch.p_code])
+    cfg = branches[0].cfg
+    p_code = [c for branch in branches for c in branch.p_code]
     p_patient = np.concatenate([branch.p_patient for branch in branches])
+    pieces, A = p_code, np.eye(len(p_code))
+    if cfg.tie == "class":  # W = V A^T
+        pieces = list(dict.fromkeys(p_code))
+        A = np.eye(len(pieces))[[pieces.index(c) for c in p_code]]  # [P, F]
     found = {c for branch in branches for c in branch.classes}
     classes = branches[0].classes if len(branches) == 1 else [c for c in CODES if c in found]
-    off = p_code != np.array(classes)[:, None]  # [C, P]
+    off = np.array(pieces) != np.array(classes)[:, None]  # [C, F]
     y = prep.labels[:, columns(classes)].astype(np.float64)
     train, later, W, b, strength, path = prep.train, prep.val | prep.test, None, None, np.inf, []
     for step in ("", "-unprojected"):
         scores = [branch.before if step else branch.scores for branch in branches]
-        X, mean, std = standardise(np.concatenate(scores, 1), prep, p_patient)  # Eq. (9)
+        X, mean, std = standardise(np.concatenate(scores, 1), A, prep, p_patient)  # Eq. (9)
         if step or own_only:
-            lambda_ = lambda_of(strength, y[train], recipe)
+            lambda_ = lambda_of(strength, y[train], cfg.recipe)
             W, b, violation = fit(X[train], y[train], off, lambda_, W, b)
         else:
             W, b, strength, path = fit_path(
-                X[train], y[train], off, X[prep.val], y[prep.val], recipe, name)
+                X[train], y[train], off, X[prep.val], y[prep.val], cfg.recipe, name)
             violation = max(row["violation"] for row in path)
         save_classifier(
             args, prep, name + step, about + (", before projection" if step else ""),
             X[later] @ W.T + b, classes, [branch.made for branch in branches],
-            branches=[branch.name for branch in branches], l2=L2, path=path, violation=violation,
-            strength=None if own_only else strength, nonzero=int((W != 0).sum()), weights=W.size,
-            W=W, b=b, mean=mean, std=std)
+            branches=[branch.name for branch in branches], pieces=pieces, l2=L2, path=path,
+            violation=violation, strength=None if own_only else strength,
+            nonzero=int((W != 0).sum()), weights=W.size, W=W, b=b, mean=mean, std=std, A=A)
 
 
 def score_branch(args, prep, name):
@@ -255,14 +259,14 @@ def score_branch(args, prep, name):
     both = common.batched(both_scores, prep, rows, args.device, f"{name}: scores")  # [N, 2, P]
     for step, s in (("joint", both[:, 1]), ("projected", both[:, 0])):
         with torch.no_grad():
-            logits = model.head(s[later].to(args.device)).cpu().numpy()
+            logits = model.logits(s[later].to(args.device)).cpu().numpy()
         save_classifier(args, prep, f"{name}-{step}", f"{name} with Stage 1's head, {step}",
                         logits, model.classes, [(path, meta)])
     scores, before = (np.ascontiguousarray(s) for s in both.numpy().transpose(1, 0, 2))
     return SimpleNamespace(
         name=name, scores=scores, before=before, classes=model.classes, made=(path, meta),
         p_code=[model.classes[c] for c in model.p_class.tolist()],
-        p_patient=model.p_patient.cpu().numpy(), recipe=meta["config"]["recipe"])
+        p_patient=model.p_patient.cpu().numpy(), cfg=common.config_of(meta))
 
 
 def merge(args, prep, name, members):
@@ -291,7 +295,7 @@ def main():
         path = args.run / name / "joint.pt"
         model, meta = common.load_model(path, "02_train_joint.py", args)
         later = np.flatnonzero(prep.val | prep.test)
-        logits = common.batched(lambda x: model(x)[0], prep, later, args.device).numpy()
+        logits = common.batched(model, prep, later, args.device).numpy()
         save_classifier(args, prep, name, "black box", logits, model.classes, [(path, meta)])
 
     # Branches: one pass for all scores, then the branch classifier
@@ -303,7 +307,7 @@ def main():
     # Fusion: the branches' scores side by side
     if all(b in branches for b in BRANCHES):
         three = [branches[b] for b in BRANCHES]
-        if len({branch.recipe for branch in three}) > 1:
+        if len({branch.cfg.recipe for branch in three}) > 1:
             sys.exit(f"{args.run} holds branches of both recipes: train them with one of them")
         classify(args, prep, "fusion", "fusion classifier", three)
         classify(args, prep, "fusion-own", "fusion, own-class weights", three, own_only=True)

@@ -31,7 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
-from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_curve
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -44,8 +44,6 @@ BATCH, RARE = 32, 10  # the authors' batch; a class with fewer test positives is
 STEPS = "-joint", "-projected", "-unprojected"  # predictions on the way to a final one
 ORDER = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro"]
 SETS = {b: GROUPS[b] for b in BRANCHES}
-SETS["Strodthoff's rhythm"] = [  # Strodthoff et al. 2021 have four as diagnostic statements
-    c for c in GROUPS["rhythm"] if c not in ("1AVB", "2AVB", "3AVB", "IVCD")]
 PAPER = [  # Tables 1 and 2: setting, prediction, without and with contrastive loss, black box
     ("rhythm branch, 16 labels", "rhythm", .8730, .8758, "blackbox-rhythm", None),
     ("morphology branch, 52", "morphology", .9023, .9056, "blackbox-morphology", None),
@@ -99,16 +97,23 @@ def rounded(v):
     return round(float(v), 5) if np.isfinite(v) else None
 
 
-def macro(aurocs, codes):
-    """Macro mean over `codes` of AUROCs (or a difference of two) [1 + draws, 71]: [value, lower and
-    upper end of the 95 % interval, classes in the mean, codes].
+def macro(aurocs, codes, lowest=0):
+    """Macro mean over `codes` of AUROCs [1 + draws, 71], or of differences, whose `lowest` is -1:
+    [value, lower and upper end of the 95 % interval, classes in the mean, codes].
 
     A draw seldom has every rare class, and the mean of those that it has is another quantity. So
-    the interval is the value plus how far the classes of a draw move from their values, on average.
+    the ends are the value moved by as much as the mean of a draw's classes moves from the mean of
+    their values, on the scale of atanh, which no interval leaves.
     """
+    def stretched(v):  # [lowest, 1] -> the whole line
+        return np.arctanh((1 - 1e-9) * (2 * v - 1 - lowest) / (1 - lowest))
+
     each = aurocs[:, columns(codes)]
-    value, moves = np.nanmean(each[0]), np.nanmean(each[1:] - each[0], 1)
-    ends = (value + np.nanpercentile(moves, [2.5, 97.5])).clip(-1, 1)
+    value = np.nanmean(each[0])
+    values = np.where(np.isnan(each[1:]), np.nan, each[0])  # of the classes of each draw
+    moves = stretched(np.nanmean(each[1:], 1)) - stretched(np.nanmean(values, 1))
+    ends = np.tanh(stretched(value) + np.nanpercentile(moves, [2.5, 97.5]))
+    ends = (ends * (1 - lowest) + 1 + lowest) / 2
     return [rounded(value), *map(rounded, ends), int(np.isfinite(each[0]).sum()), len(codes)]
 
 
@@ -182,9 +187,8 @@ def join_other(found, prep, args):
 
 def cost_of(name, p, aurocs, args):
     """What interpretability cost: the AUROC of each step, and how much there is to read."""
-    start = "blackbox-rhythm" if name == "rhythm" else "blackbox-1d"  # of its backbone
     steps = {"sparse": name, **{step: name + step for step in STEPS}}
-    for box in (f"blackbox-{name}", "blackbox-1d", start):  # the last that there is
+    for box in ("blackbox-1d", f"blackbox-{name}"):  # the last that there is
         if box in aurocs:
             steps["black box"] = box
     row = {key: macro(aurocs[n], p.classes)[0] for key, n in steps.items() if n in aurocs}
@@ -198,7 +202,7 @@ def cost_of(name, p, aurocs, args):
 
 
 def measure(args, prep):
-    """All numbers of a run, as they stand in metrics.json, and its predictions."""
+    """All numbers of a run, as they stand in metrics.json."""
     found, pairs, against = load_predictions(args.run, prep, args), dict(PAIRS), {}
     inputs = [(args.run / f"classifiers/{n}.pt", vars(p)) for n, p in found.items()]
     made = common.provenance(args, *inputs)
@@ -223,7 +227,7 @@ def measure(args, prep):
         for a, b in some:
             if a in found and b in found:
                 rows = differences.setdefault(question, {})
-                rows[f"{a} - {b}"] = macro(aurocs[a] - aurocs[b], CODES)
+                rows[f"{a} - {b}"] = macro(aurocs[a] - aurocs[b], CODES, -1)
     for name in own:
         trained.update(found[name].trained)
         for group in BRANCHES:  # the first that has a group's labels stands for it
@@ -234,6 +238,7 @@ def measure(args, prep):
     config = found[own[0]].config
     return {
         **made, "commands": made["commands"][:-1], "run": args.run.name, "config": config,
+        "data": prep.info["data"],
         **{k: config[k] for k in ("recipe", "seed", "width")},
         "contrastive": config["lambda_cntrst"] != 0, "against": against, "trained": trained,
         "counts": {**prep.info["sizes"], "test_patients": len(np.unique(patients)),
@@ -241,14 +246,14 @@ def measure(args, prep):
         "left_out": prep.info["without_training_record"], "rule": RULE.format(DRAWS),
         "predictions": predictions, "differences": differences,
         "cost": [cost_of(n, found[n], aurocs, args) for n in own if found[n].branches],
-        "shown": shown, "per_class": per_class}, found
+        "shown": shown, "per_class": per_class}
 
 
 # ---- results.md, all of it made from metrics.json
 
 RULE = ("Intervals: 95 % percentiles of {:,} bootstrap draws by patient, the same for all; a draw "
-        "moves a macro mean by what it moves the classes that it has, on average.")
-REPORT = """# Results of {run}
+        "moves a macro mean, on the scale of atanh, by what it moves that of the classes it has.")
+REPORT = """# {mark}Results of {run}
 
 Recipe {recipe}, seed {seed}, width {width}, {loss} contrastive loss. {counts[test]:,} test
 records (the paper: 2,198) of {counts[test_patients]:,} patients.
@@ -264,8 +269,6 @@ authors' code measures, the mean over batches of the AUROC over the classes that
 ## The paper's Tables 1 and 2
 {papers}
 
-{identity}
-
 ## The cost of interpretability
 {costs}
 
@@ -278,8 +281,6 @@ Stage 3's classifier on the prototypes before and after projection; of a black b
 
 ## Label groups
 {groups}
-
-Strodthoff et al.'s rhythm task lacks 1AVB 2AVB 3AVB IVCD; it cannot be compared with the 16.
 
 ## Paired differences
 {paired}
@@ -347,18 +348,6 @@ def paper_table(m):
                     "black box: paper", "ours"], rows)
 
 
-def identity(m):
-    """Whether the macro aggregation is what it must be, (16 r + 52 m + 3 g) / 71."""
-    if not {*BRANCHES, "macro"} <= m["predictions"].keys():
-        return ""
-    *each, value = (m["predictions"][name]["auroc"] for name in (*BRANCHES, "macro"))
-    total = sum(v[0] * v[3] for v in each if v[3]) / value[3]
-    verdict = "equal" if abs(total - value[0]) < 2e-5 else "NOT EQUAL"
-    terms = " + ".join(f"{v[3]} x {number(v[0])}" for v in each)
-    return (f"Check: ({terms}) / {value[3]} = {number(total)}; macro aggregation "
-            f"{number(value[0])}: {verdict}.")
-
-
 def cost_table(m):
     """What each step towards interpretability cost, and how much there is to read."""
     keys, rows = [*STEPS, "sparse", "black box", "gap", "prototypes", "distinct"], []
@@ -411,7 +400,8 @@ def report(m):
         paired.append(table([question, "classes", "AUROC [95 %]", "interval excludes 0"], rows))
     return REPORT.format(
         **m, rare=RARE, loss=["without", "with"][m["contrastive"]], headline=headline(m),
-        papers=paper_table(m), identity=identity(m), costs=cost_table(m),
+        mark="" if m["data"] == "PTB-XL v1.0.3" else f"{m['data']}: ",
+        papers=paper_table(m), costs=cost_table(m),
         training=training_table(m), paired="\n\n".join(paired),
         groups=results(["prediction", *(f"{s} ({len(SETS[s])})" for s in sets)], groups),
         classes=results(["label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1",
@@ -449,27 +439,6 @@ def plot_classes(m):
         ax.spines[["top", "right", "left"]].set_visible(False)
     fig.suptitle("AUROC of each class, 95 % interval, number of test positives\n"
                  f"hollow: fewer than {RARE}; orange bar: {box_name}", fontsize=10)
-    return fig
-
-
-def plot_roc(m, y, found):
-    """ROC curves by group, of the most frequent class in colour, and their mean."""
-    groups, grid = by_group(m), np.linspace(0, 1, 501)
-    fig = Figure((4.4 * len(groups), 5), layout="constrained")
-    axes = fig.subplots(1, len(groups), squeeze=False)[0]
-    for ax, (group, name, each) in zip(axes, groups):
-        curves = []
-        for c in sorted(each, key=m["counts"]["test_positives"].get):
-            i = CODES.index(c)
-            false, true, _ = roc_curve(y[:, i], found[name].test[:, i])
-            curves.append(np.interp(grid, false, true))
-            ax.plot(false, true, color=GREY, lw=0.6)
-        ax.plot(false, true, color=BLUE, lw=1.6, label=f"{c} {number(each[c][0])}")
-        ax.plot(grid, np.mean(curves, 0), "k--", lw=2, label=f"mean of {len(curves)}")
-        ax.legend(loc="lower right", fontsize=9)
-        ax.set(title=f"{group} labels ({name})", aspect="equal")
-        ax.set(xlabel="1 - specificity", ylabel="sensitivity")
-    fig.suptitle("ROC curves on fold 10; blue: the most frequent class", fontsize=10)
     return fig
 
 
@@ -514,7 +483,7 @@ figure { margin: 16px 0 } img { max-width: 100% }
 </style></head><body><p>For research, not for clinical use.</p>
 """
 FIGURES = {"per_class_auroc": "AUROC of each class on fold 10 with its 95 % interval",
-           "roc": "ROC curves on fold 10", "training": "Training"}
+           "training": "Training"}
 
 
 def plain(text):
@@ -530,23 +499,16 @@ def image(path, text):
 
 
 def case_html(path, args, render):
-    """A case that 06 explained: its labels, the prototypes that speak for them, its pages."""
+    """A case that 06 explained: its labels, and the page of each."""
     case = common.load(path, "06_plot_prototypes.py")
     if common.changed_input(case, args):
         return render(f"{plain(path)} is of another model: run 06_plot_prototypes.py again.")
-    rows, pages = [], []
-    for r in case["explained"]:
-        for q in r["prototypes"]:
-            who = f"{q['model']} {q['index']}"
-            labels = plain(" ".join(q["labels"]))
-            rows.append([plain(r["label"]), r["probability"], r["threshold"], who, q["ecg_id"],
-                         labels, q["similarity"], number(q["contribution"], "+")])
-            text = f"{case['title']} (left) and prototype {who} (right), for {r['label']}"
-            pages.append(image(path.parent / q["page"], text))
     true = plain(" ".join(case["true_labels"] or ["not known"]))
-    rows = results(["label", "probability", "threshold", "prototype", "training ECG", "its labels",
-                    "similarity", "contribution"], rows)
-    return render(f"### {plain(case['title'])}\n\nTrue labels: {true}\n\n{rows}") + "".join(pages)
+    page = render(f"### {plain(case['title'])}\n\nTrue labels: {true}")
+    for r in case["explained"]:
+        text = f"{case['title']}: {r['label']}, probability {r['probability']:.3f}"
+        page += image(path.parent / r["page"], text)
+    return page
 
 
 def results_html(args, m, text):
@@ -610,13 +572,12 @@ def main():
     if args.ratings:
         return ratings_table(args.ratings)
     prep = common.load_prep(args.prep)
-    m, found = measure(args, prep)
+    m = measure(args, prep)
     common.save(args.run / "metrics.json", m)
     if args.save:
         small = {k: v for k, v in m.items() if k != "per_class"}
         common.save(Path(__file__).parent / f"tests/results/{args.save}.json", small)
-    y, trained = prep.labels[prep.test], list(m["trained"])
-    figures = plot_classes(m), plot_roc(m, y, found), plot_training(args.run, trained)
+    figures = plot_classes(m), plot_training(args.run, list(m["trained"]))
     for name, figure in zip(FIGURES, figures):
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=130)

@@ -1,23 +1,22 @@
 """Stage 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a page for clinicians.
 
-ECGs are drawn as on clinical paper, in true size when printed at 100 %. What a prototype looks at
-is blue: 0.94 s of all leads (partial), the strip (1D), or nothing, as it is all of it (global).
-A prototype adds w (s - mean) / std to a label's logit, with mean and std of its similarity s in the
-training folds; so the bias is the logit of the average training record. As in 04, prototypes of the
-same patient do not count.
+ECGs are drawn as on clinical paper. What a prototype looks at is blue: 0.94 s of all leads
+(partial), the strip (1D), or nothing, as it is all of it (global). A page says how similarities
+lead from the logit of the average training record to that of this one, without prototypes of the
+same patient.
 
 reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
         RUN/MODEL/projected.pt, prototypes.json, prototypes.npy; PREP for --case alone
-writes  RUN/figures/gallery.html, RUN/figures/MODEL/*.png; RUN/cases/NAME.pdf, the same pages as
-        NAME/*.png, and NAME.json with all that they show; RUN/review.html
+writes  RUN/figures/gallery.html, MODEL/*.png; RUN/cases/NAME.pdf, a page for each label, the same
+        as NAME/*.png, and NAME.json with all that they show; RUN/review.html
 
     python 06_plot_prototypes.py                   the gallery of all prototypes
     python 06_plot_prototypes.py --case 449        why is this said of this ECG of PTB-XL?
     python 06_plot_prototypes.py --record my/ecg   the same for your own WFDB record (my/ecg.hea)
     python 06_plot_prototypes.py --review          one HTML file to rate prototypes (Appendix C)
 
-Takes 2 minutes for 1,037 prototypes on 2 CPU cores (60 MB), a second for each page of a case.
-Last line: `runs/default: 1,037 prototypes -> runs/default/figures/gallery.html`.
+Takes a minute for 355 prototypes on 2 CPU cores, a second for each page of a case.
+Last line: `runs/default: 355 of 355 prototypes -> runs/default/figures/gallery.html`.
 """
 import html
 import io
@@ -37,7 +36,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from scipy.signal import resample_poly
-from scipy.special import expit
 from tqdm import tqdm
 
 import common
@@ -49,48 +47,57 @@ ROWS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]  # of leads, on clinical pap
 STEP, MM_MV = 25 / RATE, 10  # mm a sample, at 25 mm/s, and mm/mV
 LEFT, WIDTH = 15, 270  # mm: where traces begin, and the paper's width
 PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
+MARGIN = 13.5  # mm, of a sheet
 DPI = 127  # 5 pixels a mm: grid lines fall on whole pixels
 POINT = 72 / 25.4  # points a mm, for letters and line widths
 
 
 # ---- Layout: a scene is what lies where, in mm from the upper left corner of its paper
 
-def paper(rows, h, step, text):
-    """A scene of rows of leads [(its number, mV [n])], each row with the height that it needs:
-    traces (x, step, y [n]), texts (x, y, size, text), boxes (x, y, w, h, filled)."""
-    up = [MM_MV * max(y.max() for _, y in row) for row in rows]
-    down = [-MM_MV * min(y.min() for _, y in row) for row in rows]
-    up, down = np.clip(up, 6, 30), np.clip(down, 6, 30)
-    scale = (h - 11) / (up + down).sum()  # below 1 rows overlap
-    zero = np.round(5 + scale * (np.cumsum(up + down) - down))
-    traces, texts = [], [(LEFT, h - 1, 3.2, text)]
+def paper(rows, w, h, step, columns, text):
+    """A scene of rows of leads [(its number, mV [n])], `columns` mm apart: traces (x, step, y [n]),
+    texts (x, y, size, text), boxes (x, y, w, h, filled). It has half gain, 5 mm/mV, and says so,
+    where a trace would leave the paper."""
+    most = np.array([max(y.max() for _, y in row) for row in rows])
+    least = np.array([min(y.min() for _, y in row) for row in rows])
+    for gain in (10, 5):
+        up, down = np.clip(gain * most, 6, 30), np.clip(-gain * least, 6, 30)
+        scale = (h - 11) / (up + down).sum()  # below 1 rows overlap
+        zero = np.round(5 + scale * (np.cumsum(up + down) - down))
+        if (zero >= gain * most).all() and (zero - gain * least <= h).all():
+            break
+    note = "10 mm/mV" if gain == 10 else "HALF GAIN: 5 mm/mV"
+    traces, texts = [], [(LEFT, h - 1.5, 3.5, f"{text}   {note}")]
     for row, y0 in zip(rows, zero):
-        traces.append((LEFT - 29 * step, step, y0 - MM_MV * PULSE))
+        traces.append((LEFT - 29 * step, step, y0 - gain * PULSE))
         for column, (lead, signal) in enumerate(row):
-            x, y = LEFT + 62.5 * column, np.clip(y0 - MM_MV * signal, 0, h)
-            traces.append((x, step, y))
-            texts.append((x + 1, max(4.5, y[:44].min() - 1.5), 4, NAMES[lead]))
-    return {"w": WIDTH, "h": h, "traces": traces, "texts": texts, "boxes": []}
+            x = LEFT + columns * column
+            traces.append((x, step, np.clip(y0 - gain * signal, 0, h)))
+            texts.append((x + 1.5, y0 - 2.5, 3.5, NAMES[lead]))
+    return {"w": w, "h": h, "traces": traces, "texts": texts, "boxes": []}
 
 
-def scenes_of(x, kind, windows):
-    """x [12, 1000] mV as 3 x 4 leads and strip. Of the 1D kind the strip is marked; of the partial
-    one the first of `windows` [(first, end)], also enlarged, while the others are outlined."""
+def whole(x, kind, windows=()):
+    """The scene of x [12, 1000] mV as 3 x 4 leads and strip. Of the 1D kind the strip is marked; of
+    the partial one the first of `windows` [(first, end)], while the others are outlined."""
     rows = [[(lead, x[lead, 250 * i:250 * i + 250]) for i, lead in enumerate(row)] for row in ROWS]
     rows.append([(1, x[1])])
-    scene = paper(rows, 110, STEP, "25 mm/s   10 mm/mV   high-pass 0.5 Hz")
+    scene = paper(rows, WIDTH, 106, STEP, 62.5, "25 mm/s   high-pass 0.5 Hz")
     if kind == "1d":
-        top = min(y.min() for _, _, y in scene["traces"][-2:]) - 6
-        scene["boxes"].append((LEFT - 1, top, 252, 105 - top, True))
-    if kind != "partial":
-        return [scene]
-    for rank, (first, end) in enumerate(windows):
-        x0, y0 = LEFT + STEP * first, 1 + 1.2 * rank  # staggered, as windows may overlap
-        scene["boxes"].append((x0, y0, STEP * (end - first), 105 - y0, rank == 0))
-    first, end = windows[0]
+        top = min(y.min() for _, _, y in scene["traces"][-2:]) - 2
+        scene["boxes"].append((LEFT - 1, top, 252, 100 - top, True))
+    if kind == "partial":
+        for rank, (first, end) in enumerate(windows):
+            x0, y0 = LEFT + STEP * first, 1 + 1.2 * rank  # staggered, as windows may overlap
+            scene["boxes"].append((x0, y0, STEP * (end - first), 100 - y0, rank == 0))
+    return scene
+
+
+def cut_out(x, window):
+    """The scene of a window (first, end) of x [12, 1000] mV, all leads."""
+    first, end = window
     rows = [[(lead, x[lead, first:end]) for lead in row] for row in ROWS]
-    text = f"{first / RATE:.2f} to {end / RATE:.2f} s   50 mm/s   10 mm/mV"
-    return [scene, paper(rows, 70, 2 * STEP, text)]
+    return paper(rows, 134, 74, STEP, 29, f"{first / RATE:.2f} to {end / RATE:.2f} s   25 mm/s")
 
 
 # ---- Drawing
@@ -113,21 +120,34 @@ def draw(ax, scene, left, top):
         ax.text(left + x, top + y, text, fontsize=mm * POINT, path_effects=halo)
 
 
-def save_sheet(path, columns, foot="", pdf=None):
-    """Write columns (title, text, scenes) and a foot to a PNG of true size, and to a PDF."""
-    bottom = 20 + max(sum(scene["h"] + 3 for scene in scenes) for _, _, scenes in columns)
-    width, height = 19 + (WIDTH + 8) * len(columns), bottom + 4 + 7 * len(foot.splitlines())
+def save_sheet(path, title, text, items, pdf=None):
+    """Write a sheet to a PNG of true size, and to a PDF: title, text, then from top to bottom
+    `items`: rows of scenes, lines of text, or lists of bars (what, value, more)."""
+    text = textwrap.fill(text, 155)
+    top, width = 19 + 5 * len(text.splitlines()), WIDTH + 27
+    heights = []
+    for item in items:
+        if isinstance(item, str):
+            heights.append(7 + 5 * item.count("\n"))
+        else:
+            heights.append(3 + (item[0]["h"] if isinstance(item[0], dict) else 5.5 * len(item)))
+    height = top + sum(heights) + 4
     fig = Figure((width / 25.4, height / 25.4), DPI)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
-    ax.text(13.5, bottom + 2, foot, fontsize=4.5 * POINT, va="top")
-    for i, (title, text, scenes) in enumerate(columns):
-        left, top = 13.5 + (WIDTH + 8) * i, 20
-        ax.text(left, 7, title, fontsize=5 * POINT, weight="bold")
-        ax.text(left, 10, textwrap.fill(text, 150), fontsize=3.2 * POINT, va="top")
-        for scene in scenes:
-            draw(ax, scene, left, top)
-            top += scene["h"] + 3
+    ax.text(MARGIN, 10, title, fontsize=5 * POINT, weight="bold")
+    ax.text(MARGIN, 14, text, fontsize=3.5 * POINT, va="top", linespacing=1.3)
+    for item, h in zip(items, heights):
+        if isinstance(item, str):
+            heading, _, more = item.partition("\n")
+            ax.text(MARGIN, top + 5, heading, fontsize=4 * POINT, weight="bold")
+            ax.text(MARGIN, top + 10, more, fontsize=3.5 * POINT)
+        elif isinstance(item[0], dict):
+            for left, scene in zip((MARGIN, MARGIN + WIDTH - item[-1]["w"]), item):
+                draw(ax, scene, left, top)
+        else:
+            draw_bars(ax, item, top)
+        top += h
     pixels, content = io.BytesIO(), io.BytesIO()
     fig.savefig(pixels, format="rgba")
     image = Image.frombytes("RGBA", fig.canvas.get_width_height(), pixels.getvalue())
@@ -138,7 +158,35 @@ def save_sheet(path, columns, foot="", pdf=None):
         pdf.savefig(fig)
 
 
+def draw_bars(ax, bars, top):
+    """Bars (what, value, more), a line each, to scale, from a common zero."""
+    values = np.array([value for _, value, _ in bars])
+    most, least = max(values.max(), 0), min(values.min(), 0)
+    mm = 90 / (most - least)
+    zero = 80 - mm * least
+    for i, (what, value, more) in enumerate(bars):
+        y = top + 5.5 * i + 2.5
+        colour = "#0b4f8a" if value > 0 else "#d55e00"
+        if i in (0, len(bars) - 1):  # where the sum begins, and itself
+            colour = "#888888"
+        ax.add_patch(Rectangle((zero, y - 1.8), mm * value, 3.6, color=colour))
+        ax.text(MARGIN, y, what, fontsize=3.5 * POINT, va="center")
+        ax.text(78, y, f"{value:+.2f}", fontsize=3.5 * POINT, va="center", ha="right")
+        ax.text(174, y, more, fontsize=3.5 * POINT, va="center")
+
+
 # ---- Gallery
+
+def source_mark(q):
+    """What stands first wherever a prototype is shown: nothing, if it is an ECG of PTB-XL."""
+    return "" if q["data"] == "PTB-XL v1.0.3" else f"{q['data']}: "
+
+
+def scenes_of(q):
+    """A prototype as scenes: the whole ECG, and of the partial kind its window."""
+    scenes = [whole(q["x"], q["kind"], [q["samples"]])]
+    return scenes + [cut_out(q["x"], q["samples"])] if q["kind"] == "partial" else scenes
+
 
 def file_name(text):
     """Text as part of a file name: LAO/LAE -> LAO-LAE."""
@@ -163,15 +211,16 @@ def gallery(args, prototypes, words):
         for q in shown:
             file = f"{model}/{file_name(code)}_{q['index']:04d}.png"
             about = f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}"
-            columns = [(words[code], about, scenes_of(q["x"], q["kind"], [q["samples"]]))]
-            jobs.append(delayed(save_sheet)(args.run / "figures" / file, columns))
+            scenes = [[scene] for scene in scenes_of(q)]
+            title = source_mark(q) + words[code]
+            jobs.append(delayed(save_sheet)(args.run / "figures" / file, title, about, scenes))
             body += f'<figure><a href="{file}"><img src="{file}" loading="lazy" alt=""></a>'
             body += f"<figcaption>{html.escape(about)}</figcaption></figure>"
         body += "</details>"
     parallel = Parallel(args.threads or os.cpu_count(), return_as="generator")
     list(tqdm(parallel(jobs), "pictures", len(jobs), disable=None))
     path = args.run / "figures/gallery.html"
-    title = f"{args.run}: {len(jobs):,} prototypes"
+    title = f"{source_mark(q)}{args.run}: {len(jobs):,} of {len(prototypes):,} prototypes"
     text = GALLERY.replace("TITLE", html.escape(title)) + body
     common.save(path, text.replace("<details>", "<details open>", 1))
     print(f"{title} -> {path}")
@@ -215,80 +264,73 @@ def read_wfdb(path):
 
 
 @torch.no_grad()
-def matched_windows(network, x):
-    """The windows of x whose mean is each prototype's similarity, best first: [P]."""
+def matched_windows(head, q, x):
+    """The windows (first, end) of x whose mean is the similarity to prototype q, best first."""
+    network = head.networks[head.branches.index(q["model"])]
     z = network.latent(torch.from_numpy(x)[None].to(network.p.device))
-    S = common.similarity(z, network.p, network.a)[0].cpu()  # [P, windows]
-    best = S.sort(dim=1, descending=True, stable=True)
-    matched = []
-    for windows, values in zip(best.indices.tolist(), best.values.tolist()):
-        places = [common.window_samples(network.kind, w) for w in windows[:network.top_k]]
-        matched.append([{"samples": at, "similarity": v} for at, v in zip(places, values)])
-    return matched
+    S = common.similarity(z, network.p[q["index"], None], network.a)[0, 0]  # [windows]
+    best = S.cpu().sort(descending=True, stable=True).indices[:network.top_k]
+    return [common.window_samples(network.kind, w) for w in best.tolist()]
 
 
-def explain(heads, x, top, patient=None):
-    """What classifiers say of x [12, 1000] mV and why: a result a label, the most probable first.
-
-    `others` has number and sum of the weights beyond the `top`, of this label's and other labels'
-    prototypes; own_patient is the number of those that do not count: taken from `patient`.
-    """
-    results, x = [], np.array(x, np.float32)
-    for head in heads:
-        s = common.similarities(head, x[None])[0]  # [P]
-        X = (s - head.mean) / head.std
-        matched = [m for network in head.networks for m in matched_windows(network, x)]
-        patients = torch.cat([network.p_patient for network in head.networks])
-        same = (patients.cpu().numpy() == patient) & (patient is not None)  # [P]
-        W = np.where(same, 0, head.W)  # [C, P]
-        logits = W @ X + head.b  # [C]
-        p_class = np.array([q["class"] for q in head.prototypes])
-        for c, code in enumerate(head.classes):
-            terms, p, threshold = W[c] * X, *expit([logits[c], head.thresholds[c]])
-            order = np.argsort(-terms, kind="stable")
-            shown = order[W[c, order] != 0][:top]
-            prototypes = [{
-                **head.prototypes[j], "similarity": s[j], "mean": head.mean[j],
-                "std": head.std[j], "weight": W[c, j], "contribution": terms[j],
-                "matched": matched[j]} for j in shown]
-            rest = (W[c] != 0) & ~np.isin(np.arange(len(terms)), shown)
-            others = [{"number": int(part.sum()), "contribution": terms[part].sum()}
-                      for part in (rest & (p_class == code), rest & (p_class != code))]
-            results.append({
-                "label": code, "classifier": head.name, "probability": p,
-                "threshold": threshold, "predicted": bool(p >= threshold), "logit": logits[c],
-                "bias": head.b[c], "prototypes": prototypes, "others": others,
-                "own_patient": int((same & (head.W[c] != 0)).sum())})
-    return sorted(results, key=lambda r: -r["probability"])
+def bars_of(r):
+    """Lines of draw_bars for a label's pieces of evidence: all but a rest of under 5 %."""
+    sizes = [abs(piece["contribution"]) for piece in r["pieces"]]
+    most = 1 + int(np.searchsorted(np.cumsum(sizes), 0.95 * sum(sizes)))
+    bars = []
+    for piece in r["pieces"][:most]:
+        ids = " ".join(str(q["ecg_id"]) for q in piece["prototypes"])
+        like = "like" if piece["similarity"] > piece["mean"] else "unlike"
+        bars.append((f"{like} {piece['class']}", piece["contribution"],
+                     f"similarity {piece['similarity']:.2f}, on average {piece['mean']:.2f}; to "
+                     f"ECG {ids}"))
+    rest = [piece["contribution"] for piece in r["pieces"][most:]]
+    if rest:
+        bars.append((f"and {len(rest)} more, together", sum(rest), ""))
+    first, last = ("the average training record", r["average"], ""), ("logit", r["logit"], "")
+    return [first, *bars, last]
 
 
-ABOUT = """{verdict} by the {classifier} classifier: probability {probability:.3g}, threshold \
-{threshold:.3g}. Filled: the best matching window, outlined: the next. Not for clinical use.
-logit {logit:.3f} = bias {bias:.3f} {shown} (prototypes with a page) \
-{others[0][contribution]:+.3f} (others of this label) {others[1][contribution]:+.3f} (the rest)
-this prototype: {q[contribution]:+.3f} = weight {q[weight]:.3f} x (similarity \
-{q[similarity]:.3f} - mean {q[mean]:.3f}) / std {q[std]:.3f}
-left out, as they are of the same patient: {own_patient} prototypes"""
-
-
-def page(case, x, r, q, words):
-    """Columns and foot of a page: ECG x beside prototype q, which has a say in the label of r."""
-    windows = [m["samples"] for m in q["matched"][:5]]
-    columns = []
-    for title, ecg, labels, at in (
-            (f"{case['title']}: {words[r['label']]}?", x, case["true_labels"], windows),
-            (source(q), q["x"], q["labels"], [q["samples"]])):
-        known = "; ".join(words[c] for c in labels or []) or "not known"
-        columns.append((title, f"true labels: {known}", scenes_of(ecg, q["kind"], at)))
+def page(case, x, r, head, top, words):
+    """Title, text and items of the sheet that explains what is said of label r to ECG x."""
     verdict = "predicted" if r["predicted"] else "not predicted"
-    shown = " ".join(f"{p['contribution']:+.3f}" for p in r["prototypes"])
-    return columns, ABOUT.format(verdict=verdict, shown=shown, q=q, **r)
+    known = "; ".join(words[c] for c in case["true_labels"] or []) or "not known"
+    text = (f"Probability {shown(r['probability'])}, predicted from {shown(r['threshold'])} on, by "
+            f"the {r['classifier']} classifier. True labels: {known}. "
+            "For research, not for clinical use.")
+    by_id = {(q["model"], q["index"]): q for q in head.prototypes}
+    pairs, first = [], None
+    speaking = [q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"]]
+    for piece in speaking[:top]:
+        if abs(piece["contribution"]) < abs(speaking[0]["contribution"]) / 5:
+            break
+        nearest = piece["prototypes"][0]
+        q = by_id[nearest["model"], nearest["index"]]
+        windows = matched_windows(head, q, x)
+        first = first or (q["kind"], windows)
+        labels = textwrap.shorten("; ".join(words[c] for c in q["labels"]), 140)
+        pairs.append(f"{piece['class']}: nearest is {source(q)}, similarity "
+                     f"{nearest['similarity']:.2f}\nlabelled {labels}")
+        if q["kind"] == "partial":
+            pairs.append([cut_out(x, windows[0]), cut_out(q["x"], q["samples"])])
+        else:
+            pairs.append([whole(q["x"], q["kind"])])
+    ecg, heading = [whole(x, *first or ("global", []))], "What speaks for and against it"
+    title = f"{case['title']}: {words[r['label']]} {verdict}"
+    return title, text, [ecg, heading, bars_of(r), *pairs]
+
+
+def shown(p):
+    """A probability that claims no certainty."""
+    if 0.001 <= p <= 0.999:
+        return f"{p:.3f}"
+    return "> 0.999" if p > 0.5 else "< 0.001"
 
 
 def explain_case(args, heads, words, x, title, labels=None, ecg_id=None, record=None, patient=None):
     """Write a case: a PDF, its pages as PNG, and JSON."""
     case = {"title": title, "true_labels": labels, "ecg_id": ecg_id, "record": record}
-    results = explain(heads, x, args.top, patient)
+    results = common.explain(heads, x, patient)
     explained = [r for r in results if r["predicted"]] or results[:1]
     if args.label:
         known = {r["label"]: r for r in results}
@@ -297,12 +339,12 @@ def explain_case(args, heads, words, x, title, labels=None, ecg_id=None, record=
         explained = [known[code] for code in args.label]
     name = str(ecg_id or file_name(title))
     path, content = args.run / "cases" / f"{name}.pdf", io.BytesIO()
+    by_name = {head.name: head for head in heads}
     with PdfPages(content) as pdf:
         for r in tqdm(explained, "labels", disable=None):
-            for i, q in enumerate(r["prototypes"], start=1):
-                q["page"] = f"{name}/{r['classifier']}_{file_name(r['label'])}_{i}.png"
-                save_sheet(path.parent / q["page"], *page(case, x, r, q, words), pdf)
-                del q["x"]
+            r["page"] = f"{name}/{r['classifier']}_{file_name(r['label'])}.png"
+            sheet = page(case, x, r, by_name[r["classifier"]], args.top, words)
+            save_sheet(path.parent / r["page"], *sheet, pdf)
     common.save(path, content.getvalue())
     inputs = [(args.run / f"classifiers/{head.name}.pt", vars(head)) for head in heads]
     keys = "label", "probability", "threshold", "predicted", "logit"
@@ -310,7 +352,7 @@ def explain_case(args, heads, words, x, title, labels=None, ecg_id=None, record=
         **common.provenance(args, *inputs), **case, "explained": explained,
         "labels": [{key: r[key] for key in keys} for r in results],
         "descriptions": heads[0].descriptions})
-    said = [f"{words[r['label']]} {r['probability']:.3g}" for r in explained]
+    said = [f"{words[r['label']]} {shown(r['probability'])}" for r in explained]
     print(f"{args.run}: {title}: {', '.join(said)} -> {path}")
 
 
@@ -320,7 +362,7 @@ def review(args, heads, prototypes, words):
     """Write review.html: prototypes as scenes, known by class alone, and how to rate them."""
     items = []
     for q in tqdm(prototypes, "review page", disable=None):
-        scenes = scenes_of(q["x"], q["kind"], [q["samples"]])
+        scenes = scenes_of(q)
         for traces in [scene["traces"] for scene in scenes]:
             for i, (x, step, y) in enumerate(traces):
                 changes = np.diff(np.round(20 * y), prepend=0)  # short in JSON
@@ -465,7 +507,7 @@ def main():
     what.add_argument("--record", metavar="PATH", help="explain your own WFDB record")
     what.add_argument("--review", action="store_true", help="write the page for clinicians")
     p.add_argument("--label", nargs="+", metavar="CODE", help="explain these, predicted or not")
-    p.add_argument("--top", type=int, default=3, metavar="N", help="prototypes a label (default 3)")
+    p.add_argument("--top", type=int, default=2, metavar="N", help="pieces to show (default 2)")
     args = common.parse(p)
     if args.top < 1 or set(args.model or ()) & set(BOXES):
         p.error("--top must be at least 1, and black boxes have no prototypes")
@@ -475,9 +517,10 @@ def main():
     prototypes.sort(key=lambda q: CODES.index(q["class"]))
     if args.review:
         return review(args, heads, prototypes, words)
+    mark = source_mark(prototypes[0])
     if args.record:
         path = args.record.removesuffix(".hea")
-        title = "record " + "/".join(os.path.abspath(path).split(os.sep)[-2:])
+        title = f"{mark}record " + "/".join(os.path.abspath(path).split(os.sep)[-2:])
         return explain_case(args, heads, words, read_wfdb(path), title, record=path)
     if args.case or args.demo:
         prep = common.load_prep(args.prep)
@@ -489,8 +532,9 @@ def main():
                 sys.exit(f"{args.prep} has no ECG {ecg_id}")
             part = ["training", "validation", "test"][max(0, prep.folds[row] - 8)]
             labels = [c for c, on in zip(CODES, prep.labels[row]) if on]
-            explain_case(args, heads, words, prep.signals[row], f"{part} ECG {ecg_id}", labels,
-                         ecg_id, patient=prep.patient_ids[row])
+            title = f"{mark}{part} ECG {ecg_id}"
+            explain_case(args, heads, words, prep.signals[row], title, labels, ecg_id,
+                         patient=prep.patient_ids[row])
     if not args.case:
         gallery(args, prototypes, words)
 

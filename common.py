@@ -1,10 +1,11 @@
 """What two or more stages share, in the order of the paper: labels (3.1), settings (Appendix E),
-model and Eq. (1) (3.3), loss (3.4), projection (3.5), AUROC; then finished runs, flags and files.
+model and Eq. (1) (3.3), projection (3.5), AUROC; then finished runs, flags and files.
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities,
 W [C, P] weights, y [B, C] labels.
 """
 import argparse
+import ctypes
 import hashlib
 import io
 import json
@@ -80,41 +81,41 @@ class Config:
     recipe: str = "default"
     seed: int = 42
     # Network (3.3)
-    width: int = 64              # channels of the first stage: 64 is ResNet18
+    width: int = 32              # channels of the first stage; paper: 64, ResNet18
     dropout: float = 0.2         # before the last stage; paper: tuned, place: authors' code
     scale_input: bool = True     # StandardScaler per lead, fitted on folds 1-8; paper: silent
-    start: str = "blackbox"      # of the backbone: ours, rhythm from blackbox-rhythm, the others
-                                 # from blackbox-1d; random; imagenet: paper (2D, 1D at random)
+    start: str = "random"        # of the backbone; paper: imagenet (2D branches)
     pool: str = "meanmax"        # over time, 1D and black boxes; paper: mean
-    add_on: str = "whitened"     # ours: linear, fitted to the start; authors' code: sigmoid
-    prototypes: str = "data"     # ours: start at real training windows; authors' code: random
-    per_class: tuple = (5, 18, 7)  # prototypes a class: 1D, partial, global; authors' code
+    add_on: str = "centred"      # ours: linear, mean 0, variance 1; authors' code: sigmoid
+    latent_dim: int = 128        # D; authors' code: 512, as many as channels (0)
+    per_class: tuple = (5, 5, 5)  # prototypes: 1D, partial, global; authors' code: 5, 18, 7
     a: tuple = (1.0, 1.0, 1.0)   # scale of Eq. (1); authors' code: 1, 13, 4
     top_k: int = 5               # windows in a partial score; paper: k unstated, code: all 30
+    tie: str = "class"           # ours: W has one weight for all prototypes of a class; paper: none
     # Loss (3.4); lambda_div is divided by P^2 and lambda_cntrst by sqrt(P), as in authors' code
-    lambda_clst: float = 0.01    # ours: small, as the BCE of rare labels is itself about .05
-    lambda_sep: float = 0.002    # ours
+    lambda_clst: float = 0.02    # ours: small, as the BCE of rare labels is itself about .05
+    lambda_sep: float = 0.004    # ours
     lambda_div: float = 0.1      # ours
     lambda_cntrst: float = 0.1   # ours
+    auxiliary: float = 1.0       # ours: weight of the BCE of a black box's head for all 71 labels
+                                 # on the same backbone, unused after training; paper: 0
     class_weights: bool = False  # w of Eq. (3): (N - n) / n; ours: 1
     sampler: str = "shuffle"     # or weighted: by the inverse frequency of a record's labels
     # Stage 1 (3.5, Appendix E)
-    head: str = "refit"          # ours: own-class W solved anew after every epoch. free: it learns
-                                 # from 1 / -0.5 (paper's start); frozen: it stays (authors' code)
+    head: str = "free"           # W learns (paper), or is frozen (authors' code)
+    head_start: tuple = (10.0, 0.0)  # W_cp at the start, own class and others; paper: 1, -0.5
     own_patient: bool = False    # ours: a match with a prototype of the same patient is left out
-    epochs: int = 6
+    epochs: int = 30
     patience: int = 10           # epochs without a better fold-9 macro-AUROC; paper: 10
     batch: int = 128             # authors' code: 32
-    lr: float = 1e-4             # authors' code
+    lr: float = 3e-3             # authors' code: 1e-4
+    lr_prototypes: float = 0.1   # ours: their lr as a share of the others'; paper: 1
     optimizer: str = "adamw"     # ours; paper: adam, whose weight decay is an L2 term
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
     augment: bool = True         # amplitude, noise, lost leads, shift, blanked span; paper: silent
-    blackbox_epochs: int = 60
-    blackbox_lr: float = 3e-3
-    blackbox_ema: float = 0.99   # moving average of a black box's weights over steps; 0: none
+    ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stage 2
-    project_every: int = 1       # ours: project after every epoch of Stage 1 too; 0: only after it
     rounds: int = 1              # how often to run Stages 1 and 2; paper: twice (--round 2)
     unique: bool = True          # ours: no two prototypes of a class on the same window
 
@@ -125,12 +126,12 @@ class Config:
 
 # The authors' settings, run through the paper's equations
 PAPER = Config(
-    recipe="paper", dropout=0.35, scale_input=False, start="imagenet", pool="mean",
-    add_on="sigmoid", prototypes="random", a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004,
-    lambda_sep=0.0004, lambda_div=250.0, lambda_cntrst=600.0, class_weights=True, head="frozen",
-    epochs=200, batch=32, optimizer="adam", weight_decay=1.7e-4, scheduler="cosine",
-    augment=False, blackbox_ema=0.0, blackbox_epochs=200, blackbox_lr=1e-4, own_patient=True,
-    project_every=0, rounds=2, unique=False)
+    recipe="paper", width=64, dropout=0.35, scale_input=False, start="imagenet", pool="mean",
+    add_on="sigmoid", latent_dim=0, per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30, tie="none",
+    lambda_clst=0.004, lambda_sep=0.0004, lambda_div=250.0, lambda_cntrst=600.0, auxiliary=0.0,
+    class_weights=True, head="frozen", head_start=(1.0, -0.5), own_patient=True, epochs=200,
+    batch=32, lr=1e-4, lr_prototypes=1.0, optimizer="adam", weight_decay=1.7e-4,
+    scheduler="cosine", augment=False, ema=0.0, rounds=2, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
 
 
@@ -243,42 +244,89 @@ class Scaler(nn.Module):
         return (x - self.mean) / self.std
 
 
-class ProtoECGNet(nn.Module):
-    """One branch of the paper: backbone, add-on, prototypes p [P, D, T], linear head W [C, P].
+class PooledHead(nn.Module):
+    """A linear layer on backbone features pooled over time: h [B, 512, 32] -> logits [B, C]."""
 
-    kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes; latent_dim is D.
-    p_class [P] says whose a prototype is, p_patient [P] whose records do not count for it.
-    """
+    def __init__(self, channels, labels, pool):
+        super().__init__()
+        both = pool == "meanmax"
+        self.pool = pool
+        self.dropout = nn.Dropout(0.5 if both else 0.0)
+        self.linear = nn.Linear(channels * (1 + both), labels)
 
-    def __init__(self, kind, classes, per_class, cfg, scaler=None, latent_dim=None):
+    def forward(self, h):
+        return self.linear(self.dropout(pool_over_time(h, self.pool).squeeze(2)))
+
+
+class Network(nn.Module):
+    """What black boxes and prototype models begin with: scaling of the leads, and a backbone."""
+
+    def __init__(self, kind, classes, cfg, scaler):
         super().__init__()
         self.kind, self.classes, self.pool = kind, list(classes), cfg.pool
-        self.a = cfg.a[list(WINDOW).index(kind)]
-        self.top_k = cfg.top_k if kind == "partial" else 1
         self.scaler = scaler or Scaler()
         self.backbone = ResNet18(cfg.width, cfg.dropout)
+
+    def features(self, x):
+        """x [B, 12, 1000] mV -> h [B, 512, 32]."""
+        return self.backbone(self.scaler(x))
+
+
+class BlackBox(Network):
+    """The baselines of 4.3: pooling over time and a linear layer."""
+
+    def __init__(self, classes, cfg, scaler=None):
+        super().__init__("blackbox", classes, cfg, scaler)
+        self.head = PooledHead(self.backbone.channels, len(classes), cfg.pool)
+
+    def forward(self, x):
+        """x [B, 12, 1000] mV -> logits [B, C]."""
+        return self.head(self.features(x))
+
+
+class ProtoECGNet(Network):
+    """One branch of the paper: backbone, add-on, prototypes p [P, D, T], linear head W [C, P].
+
+    kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes. p_class [P] says whose
+    a prototype is, p_patient [P] whose records do not count for it. With cfg.tie = "class" the head
+    sees the mean similarity to each class: W = V A^T with V [C, C] and A [P, C].
+    """
+
+    def __init__(self, kind, classes, per_class, cfg, scaler=None):
+        super().__init__(kind, classes, cfg, scaler)
+        self.a = cfg.a[list(WINDOW).index(kind)]
+        self.top_k = cfg.top_k if kind == "partial" else 1
         channels = self.backbone.channels
         if kind == "1d" and cfg.pool == "meanmax":
             channels *= 2
-        dim = latent_dim or channels
+        dim = cfg.latent_dim or channels
         if cfg.add_on == "sigmoid":
             self.add_on = nn.Sequential(
                 nn.Conv1d(channels, dim, 1), nn.ReLU(), nn.Conv1d(dim, dim, 1), nn.Sigmoid())
-        else:
-            self.add_on = nn.Conv1d(channels, dim, 1)
+        else:  # without a direction that all latents share, so that a cosine can be 0
+            self.add_on = nn.Sequential(
+                nn.Conv1d(channels, dim, 1, bias=False), nn.BatchNorm1d(dim, affine=False))
         p_class = torch.repeat_interleave(torch.as_tensor(per_class))
         self.register_buffer("p_class", p_class)
         self.register_buffer("p_patient", torch.full_like(p_class, -1))
         p = torch.rand(len(p_class), dim, WINDOW[kind])
         self.p = nn.Parameter(p if cfg.add_on == "sigmoid" else p - 0.5)
-        self.head = nn.Linear(len(p_class), len(classes))
-        own = F.one_hot(p_class, len(classes)).T.float()
-        self.head.weight.data = 1.5 * own - 0.5  # W_cp = 1 own, -0.5 else (3.5)
+        own = F.one_hot(p_class, len(classes)).float()  # [P, C]
+        A = own / own.sum(0).clamp_min(1) if cfg.tie == "class" else torch.eye(len(p_class))
+        self.register_buffer("A", A, persistent=False)  # [P, C] or [P, P]
+        self.head = nn.Linear(A.shape[1], len(classes))
+        self.head.weight.data = torch.where(own.T @ A > 0, *cfg.head_start)  # W_cp of 3.5
         nn.init.zeros_(self.head.bias)
+        self.auxiliary = None
+        if cfg.auxiliary:
+            self.auxiliary = PooledHead(self.backbone.channels, len(CODES), "meanmax")
 
     def latent(self, x):
-        """x [B, 12, 1000] mV -> z [B, D, L]; the 1D branch pools over time first: L = 1."""
-        h = self.backbone(self.scaler(x))  # [B, 512, 32]
+        """x [B, 12, 1000] mV -> z [B, D, L]."""
+        return self.to_latent(self.features(x))
+
+    def to_latent(self, h):
+        """h [B, 512, 32] -> z [B, D, L]; the 1D branch pools over time first: L = 1."""
         return self.add_on(pool_over_time(h, self.pool) if self.kind == "1d" else h)
 
     def scores(self, z):
@@ -287,29 +335,14 @@ class ProtoECGNet(nn.Module):
         k = min(self.top_k, S.shape[2])
         return S.mean(2) if k == S.shape[2] else S.topk(k, dim=2).values.mean(2)
 
-    def forward(self, x):
-        """x [B, 12, 1000] mV -> logits [B, C], s [B, P]."""
-        s = self.scores(self.latent(x))
+    def logits(self, s):
+        """s [B, P] -> logits [B, C] of Stage 1's head."""
         with torch.autocast(s.device.type, enabled=False):  # W adds up small differences
-            return self.head(s), s
-
-
-class BlackBox(nn.Module):
-    """The same backbone with pooling over time and a linear layer (the baselines of 4.3)."""
-
-    def __init__(self, classes, cfg, scaler=None):
-        super().__init__()
-        self.kind, self.classes, self.pool = "blackbox", list(classes), cfg.pool
-        self.scaler = scaler or Scaler()
-        self.backbone = ResNet18(cfg.width, cfg.dropout)
-        both = cfg.pool == "meanmax"
-        self.dropout = nn.Dropout(0.5 if both else 0.0)
-        self.head = nn.Linear(self.backbone.channels * (1 + both), len(classes))
+            return self.head(s @ self.A)
 
     def forward(self, x):
-        """x [B, 12, 1000] mV -> logits [B, C], pooled features [B, 512 or 1024]."""
-        h = pool_over_time(self.backbone(self.scaler(x)), self.pool).squeeze(2)
-        return self.head(self.dropout(h)), h
+        """x [B, 12, 1000] mV -> logits [B, C]."""
+        return self.logits(self.scores(self.latent(x)))
 
 
 def window_samples(kind, window):
@@ -321,42 +354,6 @@ def window_samples(kind, window):
         return 0, SAMPLES
     centre = 32 * (window + 1)
     return max(0, centre - 47), min(SAMPLES, centre + 47)
-
-
-# ---- Loss (3.4)
-
-def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
-    """Eq. (2) and its terms, as a dict of scalars: total, bce, clst, sep, div, cntrst.
-
-    logits [B, C], s [B, P], y [B, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C] of the
-    training labels, lambdas (clst, sep, div, cntrst), w [C] class weights or None. The BCE is
-    averaged over classes, so that lambdas mean the same for 3 and 71 labels. A record with nothing
-    to choose from has no clustering or separation term, but counts in N.
-    """
-    N, P = s.shape
-    bce = F.binary_cross_entropy_with_logits(logits, y, reduction="none")  # [B, C]
-    bce = (bce if w is None else w * bce).mean()  # Eq. (3)
-    present = y[:, p_class] > 0  # [B, P]
-    clst = -_best(s, present).sum() / N  # Eq. (4)
-    sep = _best(s, ~present).sum() / N  # Eq. (5)
-    unit_p = F.normalize(p.flatten(1), dim=1)  # [P, D T]
-    S = unit_p @ unit_p.T  # [P, P] cosines
-    I = torch.eye(P, dtype=S.dtype, device=S.device)
-    div = (S - I).square().sum()  # Eq. (6)
-    C = jaccard[p_class][:, p_class]  # [P, P], A J A^T
-    near = (C * S).sum() / C.sum()
-    far = ((1 - C) * S).sum() / (1 - C).sum().clamp_min(1e-12)
-    cntrst = -(near - far) / 2  # Eq. (7)
-    l_clst, l_sep, l_div, l_cntrst = lambdas
-    total = (bce + l_clst * clst + l_sep * sep + l_div / P**2 * div
-             + l_cntrst / P**0.5 * cntrst)  # Eq. (2)
-    return {"total": total, "bce": bce, "clst": clst, "sep": sep, "div": div, "cntrst": cntrst}
-
-
-def _best(s, mask):
-    """Row maximum of s [B, P] over mask; 0 where a row has nothing to choose from: [B]."""
-    best = s.masked_fill(~mask, -torch.inf).amax(1)
-    return torch.where(mask.any(1), best, 0.0)
 
 
 # ---- Projection (3.5, Stage 2)
@@ -432,8 +429,9 @@ def macro_auroc(y, score):
 def load_run(run, models=None, device="cpu"):
     """The classifiers of a run folder, which is all that they need: its fusion, or `models`.
 
-    Each is a namespace of name, classes [C], W [C, P], b [C], mean [P], std [P], thresholds [C] on
-    the logit, descriptions {code: text}, networks and their prototypes [P], as in prototypes.json
+    Each is a namespace of name, classes [C], W [C, F], b [C], mean [F], std [F], thresholds [C] on
+    the logit, pieces [F] (the class of each piece of evidence), A [P, F] (whose mean similarity a
+    piece is), descriptions {code: text}, networks and their prototypes [P], as in prototypes.json
     but with `model`, `kind` and the ECG x [12, 1000] mV.
     """
     args = SimpleNamespace(run=Path(run), prep=None, device=torch.device(device))
@@ -442,7 +440,7 @@ def load_run(run, models=None, device="cpu"):
     heads = []
     for name in models or trained_models(args.run):
         saved = load(args.run / "classifiers" / f"{name}.pt", "04_fusion.py", args)
-        arrays = {k: saved[k].numpy() for k in ("W", "b", "mean", "std", "thresholds")}
+        arrays = {k: saved[k].numpy() for k in ("W", "b", "mean", "std", "thresholds", "A")}
         head = SimpleNamespace(**saved["meta"], **arrays, networks=[], prototypes=[])
         for branch in head.branches:
             folder = args.run / branch
@@ -450,7 +448,7 @@ def load_run(run, models=None, device="cpu"):
             info = load(folder / "prototypes.json", "03_project.py", args)
             ecgs = load(folder / "prototypes.npy", "03_project.py")  # int16 uV
             for q, x in zip(info["prototypes"], ecgs):
-                q.update(model=branch, kind=network.kind, x=x / 1000)
+                q.update(model=branch, kind=network.kind, data=info["data"], x=x / 1000)
             head.networks.append(network)
             head.prototypes += info["prototypes"]
             head.descriptions = info["descriptions"]
@@ -466,11 +464,49 @@ def similarities(head, x):
     return torch.cat(s, 1).double().cpu().numpy()
 
 
+def evidence(s, A, counts=True):
+    """What the weights of Eq. (10) see, their pieces of evidence: s [N, P], A [P, F] -> [N, F], the
+    mean similarity to the prototypes of each piece that count [N, P]; NaN if none does."""
+    counts = np.broadcast_to(counts, s.shape).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return (s * counts) @ A / (counts @ A)
+
+
+def explain(heads, x, patient=None):
+    """What classifiers say of x [12, 1000] mV, filtered, and why: a dict a label, the most probable
+    first. Its `pieces`, the largest first, with their prototypes, the nearest first, lead from
+    `average`, the logit of the average training record, to `logit`. Of `patient` none count.
+    """
+    results = []
+    for head in heads:
+        s = similarities(head, np.array(x)[None])[0]  # [P]
+        patients = torch.cat([network.p_patient for network in head.networks]).cpu().numpy()
+        counts = (patients != patient) | (patient is None)
+        mean_s = evidence(s[None], head.A, counts)[0]  # [F]
+        terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
+        nearest = [j for j in np.argsort(-s, kind="stable") if counts[j]]
+        known = {j: {**{k: head.prototypes[j][k] for k in ("model", "index", "ecg_id")},
+                     "similarity": s[j]} for j in nearest}
+        pieces = [{"class": code, "similarity": mean_s[f], "mean": head.mean[f],
+                   "std": head.std[f], "prototypes": [known[j] for j in nearest if head.A[j, f]]}
+                  for f, code in enumerate(head.pieces)]
+        for c, code in enumerate(head.classes):
+            order = np.argsort(-np.abs(terms[c]), kind="stable")
+            logit = terms[c].sum() + head.b[c]
+            p, threshold = expit([logit, head.thresholds[c]])
+            results.append({
+                "label": code, "classifier": head.name, "probability": p, "threshold": threshold,
+                "predicted": bool(p >= threshold), "logit": logit, "average": head.b[c],
+                "pieces": [{**pieces[f], "weight": head.W[c, f], "contribution": terms[c, f]}
+                           for f in order if head.W[c, f] and pieces[f]["prototypes"]]})
+    return sorted(results, key=lambda r: -r["probability"])
+
+
 def predict(heads, x):
     """x [B, 12, 1000] mV, filtered -> probabilities [B, 71]; NaN for labels not modelled."""
     out = np.full((len(x), len(CODES)), np.nan)
     for head in heads:
-        X = (similarities(head, x) - head.mean) / head.std
+        X = (evidence(similarities(head, x), head.A) - head.mean) / head.std
         out[:, columns(head.classes)] = expit(X @ head.W.T + head.b)
     return out
 
@@ -506,12 +542,16 @@ def argument_parser(doc, *flags):
 def parse(p):
     """Parse, fill in the default folders, and set threads and device: every stage's `args`."""
     args = p.parse_args()
-    run = args.recipe if not args.demo else "demo" if args.recipe == "default" else "demo-paper"
-    usual = {"data": "data/demo" if args.demo else "data/ptbxl",
-             "prep": "runs/demo-prep" if args.demo else "runs/prep", "run": f"runs/{run}"}
+    usual = {"data": "data/ptbxl", "prep": "runs/prep", "run": f"runs/{args.recipe}"}
+    if args.demo:
+        run = {"default": "runs/demo", "paper": "runs/demo-paper"}[args.recipe]
+        usual = {"data": "data/demo", "prep": "runs/demo-prep", "run": run}
     for k, folder in usual.items():
         setattr(args, k, getattr(args, k, None) or Path(folder))
     torch.set_flush_denormal(True)  # weights that decay below 1e-38 slow a CPU down
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: a step's memory is kept
+        libc.mallopt(-1, 2**31 - 1)  # for the next, which a fifth of its time went into
     if args.threads:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads, user_api="blas")
@@ -634,7 +674,7 @@ def load_prep(folder):
         file = folder / f"{name}.npy"
         array = load(file, maker)
         changed = name != "signals" and file_hash(file) != info["sha256"][name]  # signals: 1 GB
-        if changed or list(array.shape) != info["shapes"][name]:
+        if changed or len(array) != info["records"]:
             sys.exit(f"{file} does not belong to {path}: run {maker} again")
         setattr(prep, name, array)
     prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10
@@ -653,7 +693,7 @@ def build(meta, scaler=None):
     cfg, kind = config_of(meta), MODELS[meta["model"]][0]
     if kind == "blackbox":
         return BlackBox(meta["classes"], cfg, scaler)
-    return ProtoECGNet(kind, meta["classes"], meta["per_class"], cfg, scaler, meta["latent_dim"])
+    return ProtoECGNet(kind, meta["classes"], meta["per_class"], cfg, scaler)
 
 
 def load_model(path, maker, args):

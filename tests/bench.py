@@ -67,11 +67,10 @@ def matrix_peak(dtype, device):
 def step_flop(model, width):
     """FLOP of one training step per record: forward and backward pass, counted by torch."""
     cfg, (kind, group) = common.Config(width=width), common.MODELS[model]
-    meta = dict(config=vars(cfg), model=model, classes=common.GROUPS[group], latent_dim=71)
-    each = dict(zip(common.WINDOW, cfg.per_class)).get(kind)  # None: a black box
-    meta["per_class"] = [each] * len(meta["classes"])
+    classes, each = common.GROUPS[group], dict(zip(common.WINDOW, cfg.per_class)).get(kind, 0)
+    meta = dict(config=vars(cfg), model=model, classes=classes, per_class=[each] * len(classes))
     with FlopCounterMode(display=False) as counter:
-        common.build(meta)(torch.randn(8, 12, common.SAMPLES))[0].sum().backward()
+        common.build(meta)(torch.randn(8, 12, common.SAMPLES)).sum().backward()
     return counter.get_total_flops() / 8
 
 
@@ -113,8 +112,8 @@ def measure_stages(args, work, peak):
         args.data = work / "data"
         stage("00_download.py", "--synthetic", args.synthetic, "--data", args.data)
     add("01_preprocess.py", "--data", args.data, *prep)
-    settings = [f"width={args.width}", "epochs=2", "blackbox_epochs=2"]
-    for model in ("blackbox-rhythm", "blackbox-1d", *common.BRANCHES):
+    settings = [f"width={args.width}", "epochs=2"]
+    for model in ("blackbox-1d", *common.BRANCHES):
         add("02_train_joint.py", *run, "--model", model, "--set", *settings, model=model)
     for script in ("03_project.py", "04_fusion.py", "05_evaluate.py", "06_plot_prototypes.py"):
         add(script, *run)

@@ -84,11 +84,11 @@ def save_prep(folder, arrays):
         "codes": common.CODES, "descriptions": {c: f"about {c}" for c in common.CODES},
         "sizes": {"train": int(train.sum()), "validation": int((folds == 9).sum()),
                   "test": int((folds == 10).sum())},
-        "shapes": {name: list(array.shape) for name, array in arrays.items()},
         "training_positives": dict(zip(common.CODES, labels[train].sum(0).tolist())),
         "without_training_record": [
             c for c, k in zip(common.CODES, labels[train].sum(0)) if k == 0],
-        "filter": "none", "skipped": [], "flat_leads": [], "saturated": [], "tables": {},
+        "data": "PTB-XL v1.0.3", "filter": "none", "skipped": [],
+        "flat_leads": [], "saturated": [], "tables": {},
         "scaler": {"mean": x.mean((0, 2)).tolist(), "std": x.std((0, 2)).tolist()},
         "jaccard": stage("01_preprocess").jaccard(labels[train]).tolist(),
         "sha256": {name: common.file_hash(folder / f"{name}.npy") for name in arrays}})
@@ -129,10 +129,11 @@ def tiny_prep(tmp_path):
 
 def write_joint(run, prep, model="rhythm", seed=0, **changes):
     """An untrained `model` of width 16 as RUN/MODEL/joint.pt, as 02 saves it; returns its path."""
-    cfg = replace(common.Config(seed=seed), **{"width": 16, "per_class": (2, 3, 2), **changes})
+    small = {"width": 16, "latent_dim": 16, "per_class": (2, 3, 2)}
+    cfg = replace(common.Config(seed=seed), **{**small, **changes})
     args = arguments(run, prep.path.parent)
     torch.manual_seed(seed)
-    meta = stage("02_train_joint").describe(model, args, replace(cfg, start="random"), prep)
+    meta = stage("02_train_joint").describe(model, args, cfg, prep)
     net = common.build({**meta, "config": asdict(cfg)}, common.Scaler(**prep.info["scaler"]))
     meta.update(config=asdict(cfg), val_auroc=0.5, epochs=0, best_epoch=0, seconds=1.5, threads=1)
     path = run / model / "joint.pt"

@@ -3,18 +3,19 @@ it where records are altered; some minutes on 2 CPU cores.
 
     python tests/faithfulness.py --run runs/default --prep runs/prep
 
-writes RUN/faithfulness.json and prints a table of:
+writes RUN/faithfulness.json and prints a table of what follows. The first prototype of a label is,
+of the piece of evidence (common.evidence) with the largest contribution, the nearest to the record.
 
 duplicates            share of prototypes whose window an earlier one of the class has; aim: 5 %
-dead                  prototypes without any weight, or whose similarity hardly varies; aim: none
+dead                  prototypes of a piece without weights, or that hardly vary; aim: none
 diversity             1 - mean cosine of two prototypes of a class
 separation            1 - mean cosine of two prototypes of different classes
 agreement             rank correlation of the mean cosine of two classes with the Jaccard index of
                       their labels, Eq. (7)
 purity lift           share of a prototype's label among its ten nearest records, over the label's
                       prevalence; for labels with 10 or more positives and under 2 %; aim: 5
-prototypes for 95 %   how many contributions to a predicted label's logit, largest first, hold 95 %
-                      of their sum without sign
+prototypes for 95 %   how many pieces' contributions to a predicted label's logit, largest first,
+                      hold 95 % of their sum without sign
 negative evidence     share of that sum which speaks against the label
 similarity drop       what the similarity to a predicted label's first prototype loses when its best
                       windows (five at most) are cut out of all leads and bridged ("cut"), and when
@@ -25,7 +26,6 @@ top class             share of records whose highest logit stays with its class 
 window                share of records in which the first prototype of that class matches the same
                       place, to one latent step
 """
-import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -43,6 +43,17 @@ from common import BRANCHES, RATE, SAMPLES  # noqa: E402
 
 
 # ---- Prototypes and contributions
+
+def standardised(head, s):
+    """Similarities s [N, P] -> X [N, F], pieces of evidence as the weights see them."""
+    return (common.evidence(s, head.A) - head.mean) / head.std
+
+
+def first_prototypes(head, s, label):
+    """The first prototype (see above) of label [N] in records of similarities s [N, P]: [N]."""
+    piece = (standardised(head, s) * head.W[label]).argmax(1)
+    return np.where(head.A.T[piece] > 0, s, -np.inf).argmax(1)
+
 
 def geometry(p, p_class, jaccard):
     """How prototypes lie to each other: p [P, D, T], p_class [P], jaccard [C, C]."""
@@ -70,10 +81,10 @@ def purity_lift(s, y, p_class, nearest=10, positives=10, prevalence=0.02):
 
 def evidence(X, W, b, thresholds):
     """How much of a prediction one must read, the mean over all predicted (record, label):
-    standardised scores X [N, P], W [C, P]; the contribution of prototype p is W_cp X_p."""
+    X [N, F], W [C, F]; the contribution of the piece f of evidence is W_cf X_f."""
     predicted, needed, against = X @ W.T + b >= thresholds, [], []  # [N, C]
     for w, rows in zip(W, predicted.T):
-        terms = X[rows] * w  # [n, P]
+        terms = X[rows] * w  # [n, F]
         size = -np.sort(-np.abs(terms), axis=1)
         total = size.sum(1, keepdims=True).clip(1e-12)
         needed += (1 + (size.cumsum(1) < 0.95 * total).sum(1)).tolist()
@@ -125,15 +136,13 @@ def respond(network, x):
 
 def drops(head, x, seen, rng):
     """Does the matched window of a partial prototype matter? Of each record x [N, 12, 1000] the
-    label that exceeds its threshold most, and of that the prototype with the largest contribution:
-    the "comprehensiveness" of DeYoung et al. 2020, with a control. seen: what x gives, `respond`.
-    """
+    label that exceeds its threshold most, and its first prototype: the "comprehensiveness" of
+    DeYoung et al. 2020, with a control. seen: what x gives, `respond`."""
     network, (s, windows) = head.networks[0], seen
-    X = (s - head.mean) / head.std
-    over = np.nan_to_num(X @ head.W.T + head.b - head.thresholds, nan=-np.inf)
+    over = standardised(head, s) @ head.W.T + head.b - head.thresholds
     rows = np.flatnonzero(over.max(1) >= 0)
-    X, label = X[rows], over.argmax(1)[rows]
-    n, j = np.arange(len(rows)), (X * head.W[label]).argmax(1)  # [n] first prototype
+    s, label = s[rows], over.argmax(1)[rows]
+    n, j = np.arange(len(rows)), first_prototypes(head, s, label)
     cut, control = x[rows], x[rows]
     for i, row in enumerate(rows):
         mask = np.zeros(SAMPLES, bool)
@@ -142,8 +151,9 @@ def drops(head, x, seen, rng):
         cut[i], control[i] = bridged(x[row], mask), bridged(x[row], elsewhere(mask, rng))
     found = {}
     for name, changed in (("cut", cut), ("control", control)):
-        move = X - (respond(network, changed)[0] - head.mean) / head.std  # [n, P]
-        found[f"similarity drop, {name}"] = (move[n, j] * head.std[j]).mean()
+        left, _ = respond(network, changed)  # [n, P]
+        move = standardised(head, s) - standardised(head, left)  # [n, F]
+        found[f"similarity drop, {name}"] = (s - left)[n, j].mean()
         found[f"logit drop, {name}"] = (move * head.W[label]).sum(1).mean()
     return found
 
@@ -151,16 +161,14 @@ def drops(head, x, seen, rng):
 def stability(head, seen, variants):
     """What stays as it is under every disturbance: seen {variant: (s [N, P], windows or None)},
     variants {variant: (x, shift in samples)}; "" is the undisturbed."""
-    X = {v: (s - head.mean) / head.std for v, (s, _) in seen.items()}
-    top = {v: (X[v] @ head.W.T + head.b).argmax(1) for v in X}
-    found = {f"top class, {v}": (top[v] == top[""]).mean() for v in X if v}
+    top = {v: (standardised(head, s) @ head.W.T + head.b).argmax(1) for v, (s, _) in seen.items()}
+    found = {f"top class, {v}": (top[v] == top[""]).mean() for v in top if v}
     if [network.kind for network in head.networks] == ["partial"]:
-        n, j = np.arange(len(X[""])), (X[""] * head.W[top[""]]).argmax(1)
+        n, j = np.arange(len(top[""])), first_prototypes(head, seen[""][0], top[""])
         best = {v: windows[n, j, 0].astype(float) for v, (_, windows) in seen.items()}
-        for v, (_, shift) in variants.items():
-            if v:
-                moved = np.abs(best[v] - best[""] - round(shift / 32))
-                found[f"window, {v}"] = (moved <= 1).mean()
+        for v in [v for v in best if v]:
+            moved = best[v] - best[""] - round(variants[v][1] / 32)
+            found[f"window, {v}"] = (np.abs(moved) <= 1).mean()
     return found
 
 
@@ -169,17 +177,13 @@ def measure_branch(head, s, y, jaccard):
     network = head.networks[0]
     distinct = {(q["class"], q["ecg_id"], q["window"]) for q in head.prototypes}
     p, p_class = network.p.detach().double().numpy(), network.p_class.numpy()
-    dead = (head.W == 0).all(0) | (s.std(0) < 0.01 * network.a)
+    dead = (head.W == 0).all(0)[head.A.argmax(1)] | (s.std(0) < 0.01 * network.a)  # [P]
     return {"duplicates": 1 - len(distinct) / len(p), "dead": int(dead.sum()),
             **geometry(p, p_class, jaccard), "purity lift": purity_lift(s, y, p_class)}
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", type=Path, default=Path("runs/default"))
-    p.add_argument("--prep", type=Path, default=Path("runs/prep"))
-    args = p.parse_args()
+    args = common.parse(common.argument_parser(__doc__, "prep", "run", "demo"))
     prep, rng, found, parts = common.load_prep(args.prep), np.random.default_rng(42), {}, {}
     test, jaccard = np.flatnonzero(prep.test), np.array(prep.info["jaccard"])
     x = prep.signals[np.sort(rng.choice(test, min(1000, len(test)), replace=False))]
@@ -201,8 +205,7 @@ def main():
             parts[name] = s, seen
             y = prep.labels[test][:, own]
             found[name] = measure_branch(head, s, y, jaccard[np.ix_(own, own)])
-        X = (s - head.mean) / head.std
-        found[name].update(evidence(X, head.W, head.b, head.thresholds))
+        found[name].update(evidence(standardised(head, s), head.W, head.b, head.thresholds))
         found[name].update(stability(head, seen, variants))
         if [network.kind for network in head.networks] == ["partial"]:
             found[name].update(drops(head, x, seen[""], rng))

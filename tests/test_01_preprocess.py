@@ -123,14 +123,14 @@ def test_arrays_of_a_small_data_set(data, preprocess, tmp_path, capsys):
     absent = [c for c in CODES if not any(c in r for r in train)]
     assert info["without_training_record"] == absent and "EL" in absent
     assert info["codes"] == CODES and info["descriptions"]["SR"] == "about SR"
-    for name in info["shapes"]:
+    for name in info["sha256"]:
         assert info["sha256"][name] == common.file_hash(tmp_path / f"prep/{name}.npy")
     assert info["tables"] == {n: common.file_hash(data / n) for n in pre.TABLES}
     assert info["skipped"] == [] and info["made_from"] == {}
     slow = pre.jaccard(prep.labels[prep.folds <= 8])
     np.testing.assert_allclose(info["jaccard"], slow, atol=1e-6)
     assert slow[CODES.index("NORM"), CODES.index("SR")] == 3 / 5
-    last = f"{tmp_path / 'prep'}: 13 records (folds 1-8, 9, 10: [9, 2, 2])"
+    last = f"{tmp_path / 'prep'}: 13 records, NOT PTB-XL v1.0.3: [9, 2, 2]"
     assert capsys.readouterr().out.splitlines()[-1] == last
     made = write_prep(tmp_path / "made").info  # the PREP of other tests looks the same
     assert set(made) == set(info) and set(made["scaler"]) == set(info["scaler"])

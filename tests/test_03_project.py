@@ -82,7 +82,7 @@ def test_p_joint_and_fold_9_before_and_after(tiny_prep, project, capsys):
         p = {"joint": projected["p_joint"], "projected": projected["state"]["p"]}[name]
         assert torch.equal(net.p, p)
         val, own = np.flatnonzero(prep.val), common.columns(net.classes)
-        logits = common.batched(lambda x: net(x)[0], prep, val, CPU)
+        logits = common.batched(net, prep, val, CPU)
         auroc = common.macro_auroc(prep.labels[val][:, own], logits)
         assert described(folder)[f"val_auroc_{when}"] == pytest.approx(auroc)
     assert not torch.equal(projected["p_joint"], projected["state"]["p"])

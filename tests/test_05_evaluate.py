@@ -9,6 +9,7 @@ import torch
 from conftest import arguments, run_stage, sentence, stage, write_joint, write_prep, write_run
 from hypothesis import given, strategies as st
 from PIL import Image
+from scipy.special import expit
 from sklearn.metrics import (
     average_precision_score, cohen_kappa_score, f1_score, roc_auc_score)
 
@@ -108,11 +109,18 @@ def test_intervals_equal_resampling_the_records_themselves(made):
         return np.array(each)
 
     value, moves, every = aurocs(np.arange(len(rows))), [], np.unique(patients)
+
+    def stretched(v):  # the log odds, on which a draw moves the value
+        v = 0.5 + (v - 0.5) * (1 - 1e-9)
+        return np.log(v / (1 - v))
+
     for _ in range(50):
         drawn = every[rng.integers(len(every), size=len(every))]
         draw = np.concatenate([np.flatnonzero(patients == p) for p in drawn])
-        moves.append(np.nanmean(aurocs(draw) - value))
-    ends = np.nanmean(value) + np.percentile(moves, [2.5, 97.5])
+        drawn = aurocs(draw)
+        of_these = value[np.isfinite(drawn)].mean()
+        moves.append(stretched(np.nanmean(drawn)) - stretched(of_these))
+    ends = expit(stretched(np.nanmean(value)) + np.percentile(moves, [2.5, 97.5]))
     got = m["predictions"]["rhythm"]["auroc"]
     assert got[:3] == pytest.approx([np.nanmean(value), *ends], abs=1e-5)
 
@@ -122,8 +130,20 @@ def test_macro_counts_only_classes_that_there_are():
     aurocs[:, common.columns(["SR", "AFIB"])] = [[.8, .6], [.9, .6], [.7, np.nan]]
     value, low, high, known, codes = module.macro(aurocs, GROUPS["rhythm"])
     assert (value, known, codes) == (.7, 2, 16)
-    assert low == pytest.approx(.6, abs=.01) and high == pytest.approx(.75, abs=.01)
+    logit = [np.log(v / (1 - v)) for v in (.7, .75, .7, .8)]  # values, draws of both classes
+    ends = [expit(logit[0] + logit[2] - logit[3]), expit(logit[0] + logit[1] - logit[0])]
+    assert low == pytest.approx(ends[0], abs=.01) and high == pytest.approx(ends[1], abs=.01)
     assert module.macro(aurocs, ["IMI"])[0] is None
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=5, max_size=5), min_size=2, max_size=2))
+def test_no_interval_leaves_what_is_possible(pair):
+    """AUROCs are within 0 and 1, differences within -1 and 1, also at their very ends."""
+    a, b = np.full((2, 5, 71), np.nan)
+    a[:, 0], b[:, 0] = pair
+    for aurocs, lowest in ((a, 0), (b, 0), (a - b, -1)):
+        value, low, high, *_ = module.macro(aurocs, [CODES[0]], lowest)
+        assert lowest <= low <= high <= 1 and lowest <= value <= 1
 
 
 @pytest.mark.parametrize("name", ["fusion", "rhythm", "blackbox-1d", "macro"])
@@ -157,9 +177,7 @@ def test_macro_aggregation_is_the_weighted_mean_of_the_branches(made):
     each = [m["predictions"][b]["auroc"] for b in BRANCHES]
     total = sum(v[0] * v[3] for v in each) / sum(v[3] for v in each)
     macro = m["predictions"]["macro"]["auroc"]
-    assert macro[0] == pytest.approx(total, abs=2e-5) and ": equal." in module.identity(m)
-    macro[0] += .001
-    assert "NOT EQUAL" in module.identity(m)
+    assert macro[0] == pytest.approx(total, abs=2e-5)
 
 
 def test_differences_are_paired(made):
@@ -171,7 +189,7 @@ def test_differences_are_paired(made):
     assert got[0] == pytest.approx(np.mean([a[c][0] - b[c][0] for c in both]), abs=2e-5)
     assert got[3] == len(both)
     x = np.random.default_rng(0).random((51, 71))
-    assert module.macro(x - x, CODES)[:3] == [0, 0, 0]
+    assert module.macro(x - x, CODES, -1)[:3] == [0, 0, 0]
 
 
 def test_cost_is_of_every_step_and_of_the_box_that_a_branch_starts_from(made):
@@ -195,7 +213,7 @@ def test_cost_is_of_every_step_and_of_the_box_that_a_branch_starts_from(made):
 
 # ---- Pages
 
-FIGURES = "per_class_auroc", "roc", "training"
+FIGURES = "per_class_auroc", "training"
 
 
 def test_everything_is_written_and_the_same_the_second_time(made, monkeypatch, capsys):
@@ -227,7 +245,7 @@ def test_a_rhythm_run_is_about_rhythm_alone(made, monkeypatch, tmp_path):
     m = evaluate(monkeypatch, prep, tmp_path / "run")
     assert list(m["predictions"]) == ["rhythm"] and list(m["shown"]) == ["rhythm"]
     text = (tmp_path / "run/results.md").read_text()
-    assert "morphology" not in text and "Strodthoff's rhythm (12)" in text
+    assert "morphology" not in text and "rhythm (16)" in text
 
 
 def test_only_the_models_asked_for(made, monkeypatch):
@@ -270,7 +288,7 @@ def test_save_keeps_what_tables_reads(made, monkeypatch, tmp_path):
     tables = stage("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "tests/results")
     page = tables.page()
-    assert "Default recipe, width 16 (per_class [2, 3, 2])" in page
+    assert "Default recipe, width 16 (latent_dim 16, per_class [2, 3, 2])" in page
     assert module.cell(m["predictions"]["fusion"]["auroc"]) in page
 
 
@@ -291,13 +309,11 @@ def write_case(run, prep):
     """A case as 06 writes it, with text that a page must not run."""
     path = run / "classifiers/fusion.pt"
     meta = torch.load(path, weights_only=True)["meta"]
-    q = {"model": "rhythm", "index": 1, "class": "SR", "ecg_id": 10, "labels": ["SR", "a|b"],
-         "similarity": .7, "contribution": 1.5, "page": "7/p.png"}
     common.save(run / "cases/7.json", {
         **common.provenance(arguments(run, prep.path.parent), (path, meta)),
         "title": "ECG <script>alert(1)</script> [x](javascript:alert(2)) ![](http://x/y.png)",
         "true_labels": ["SR", "<b>"], "explained": [
-            {"label": "SR", "probability": .9, "threshold": .5, "prototypes": [q]}]})
+            {"label": "SR", "probability": .9, "threshold": .5, "page": "7/p.png"}]})
     (run / "cases/7").mkdir()
     Image.new("RGB", (20, 10)).save(run / "cases/7/p.png")
 
@@ -321,10 +337,10 @@ def test_results_html_holds_everything_and_runs_nothing(made, monkeypatch):
     text, page = (run / "results.html").read_text(), Tags()
     page.feed(text)
     assert not {"script", "b", "a", "iframe", "object"} & set(page.tags)
-    assert page.tags.count("img") == 4 and page.tags.count("table") > 6
+    assert page.tags.count("img") == 3 and page.tags.count("table") > 6
     assert all(link.startswith("data:image/png") for link in page.links)
-    assert "alert(1)" in text and "default-src 'none'" in text and "a|b" in text
-    assert "+1.5000" in text and ".9000" in text
+    assert "alert(1)" in text and "default-src 'none'" in text
+    assert "SR, probability 0.900" in text
     assert [c.split()[1] for c in m["commands"]][-2:] == ["03_project.py", "04_fusion.py"]
     assert all(f"python {c.split()[1]}" in text for c in m["commands"])
 
@@ -402,11 +418,13 @@ tables = stage("tables")
 def test_the_page_of_tables_is_what_the_saved_runs_say():
     page = (tables.RESULTS / "README.md").read_text()
     assert page == tables.page()
-    files = tables.RESULTS.glob("default-width32-seed4?.json")
+    files = sorted(tables.RESULTS.glob("default-seed4?.json"))
     runs = [json.loads(path.read_text()) for path in files]
     values = [r["predictions"]["fusion"]["auroc"][0] for r in runs]
-    sd = module.number(np.std(values, ddof=1))
-    assert len(values) == 3 and f"{module.number(np.mean(values))} ± {sd} (3 seeds)" in page
+    want = module.number(np.mean(values))
+    if len(values) > 1:
+        want = f"{want} ± {module.number(np.std(values, ddof=1))} ({len(values)} seeds)"
+    assert want in page
 
 
 def test_the_readmes_table_is_generated():

@@ -65,7 +65,7 @@ def refused(monkeypatch, *argv):
 
 def test_ten_seconds_are_250_mm_a_millivolt_10_mm_and_every_lead_in_its_place():
     x = heartbeats() + np.random.default_rng(0).normal(size=(12, SAMPLES)) * 0.1
-    scene, = plot.scenes_of(x, "global", [(0, SAMPLES)])
+    scene = plot.whole(x, "global")
     assert scene["boxes"] == [] and plot.NAMES[3:6] == ["aVR", "aVL", "aVF"]
     *_, (_, fine, pulse), (left, step, strip) = scene["traces"]
     assert step * len(strip) == 250 and np.allclose(np.diff(strip), -10 * np.diff(x[1]))
@@ -74,7 +74,7 @@ def test_ten_seconds_are_250_mm_a_millivolt_10_mm_and_every_lead_in_its_place():
     for k, (left, _, y) in enumerate(t for t in scene["traces"] if len(t[2]) == 250):
         row, column = divmod(k, 4)
         lead, first = 3 * column + row, 250 * column  # I II III | aVR aVL aVF | ...
-        assert left == 15 + 62.5 * column and (plot.NAMES[lead], left + 1) in names
+        assert left == 15 + 62.5 * column and (plot.NAMES[lead], left + 1.5) in names
         assert np.allclose(np.diff(y), -10 * np.diff(x[lead, first:first + 250]))
     assert k == 11
 
@@ -83,7 +83,7 @@ def test_ten_seconds_are_250_mm_a_millivolt_10_mm_and_every_lead_in_its_place():
 def test_marked_and_enlarged_are_the_samples_of_the_window(window, others):
     x = np.random.default_rng(window).normal(size=(12, SAMPLES)) * 0.2
     windows = [common.window_samples("partial", w) for w in (window, *others)]
-    scene, cut = plot.scenes_of(x, "partial", windows)
+    scene, cut = plot.whole(x, "partial", windows), plot.cut_out(x, windows[0])
     assert [box[4] for box in scene["boxes"]] == [True] + [False] * len(others)
     for (left, top, width, height, _), (first, end) in zip(scene["boxes"], windows):
         assert (left, left + width) == pytest.approx((15 + first / 4, 15 + end / 4))
@@ -93,14 +93,18 @@ def test_marked_and_enlarged_are_the_samples_of_the_window(window, others):
     traces = [t for t in cut["traces"] if t[0] >= 15]
     for k, (left, step, y) in enumerate(traces):
         lead = 3 * (k % 4) + k // 4
-        assert step == 0.5 and left == 15 + 62.5 * (k % 4)
+        assert step == 0.25 and left == 15 + 29 * (k % 4)
         assert np.allclose(np.diff(y), -10 * np.diff(x[lead, first:end]))
 
 
-@pytest.mark.parametrize("height", [0.1, 0.5, 3.0])
+@pytest.mark.parametrize("height", [0.1, 0.5, 4.0])
 def test_rows_lie_below_each_other_and_the_1d_strip_is_marked(height):
-    scene, = plot.scenes_of(heartbeats() * height, "1d", [(0, SAMPLES)])
+    scene = plot.whole(heartbeats() * height, "1d")
     pulses = [y.max() for left, _, y in scene["traces"] if left < 15]
+    names = {text: y for _, y, _, text in scene["texts"]}
+    assert all(0 < zero - names[lead] < 4 for zero, lead in zip(pulses[::2], ("I", "III")))
+    assert ("HALF GAIN: 5 mm/mV" in scene["texts"][0][3]) == (height == 4)
+    assert np.ptp(scene["traces"][0][2]) == (5 if height == 4 else 10)
     assert len(pulses) == 4 and min(np.diff(pulses)) >= 12 and 10 < pulses[0] < pulses[3] < 105
     assert all(0 <= y.min() and y.max() <= scene["h"] for _, _, y in scene["traces"])
     (left, top, width, height, filled), = scene["boxes"]
@@ -111,8 +115,8 @@ def test_rows_lie_below_each_other_and_the_1d_strip_is_marked(height):
 
 def test_pictures_are_drawn_to_scale(tmp_path):
     """127 dpi are 5 pixels a mm: the strip's marked box is where the scene has it."""
-    scene, = plot.scenes_of(heartbeats(), "1d", [(0, SAMPLES)])
-    plot.save_sheet(tmp_path / "a.png", [("title", "text", [scene])])
+    scene = plot.whole(heartbeats(), "1d")
+    plot.save_sheet(tmp_path / "a.png", "title", "text", [[scene]])
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["dpi"] == pytest.approx((127, 127), abs=0.1) and image.width == 5 * 297
         rgb = np.asarray(image.convert("RGB")).astype(int)
@@ -120,13 +124,13 @@ def test_pictures_are_drawn_to_scale(tmp_path):
     rows, columns = np.flatnonzero(blue.sum(1) > 300), np.flatnonzero(blue.sum(0) > 50)
     (left, top, width, height, _), = scene["boxes"]
     found = columns[0] / 5, columns[-1] / 5, rows[0] / 5, rows[-1] / 5
-    wanted = 13.5 + left, 13.5 + left + width, 20 + top, 20 + top + height
+    wanted = 13.5 + left, 13.5 + left + width, 24 + top, 24 + top + height
     assert found == pytest.approx(wanted, abs=0.5)
 
 
 def slow_logit(head, x, code, without=None):
     """A label's logit in float64, prototype by prototype, and how far off float32 may be."""
-    c, total, j = head.classes.index(code), 0.0, 0
+    c, total, found = head.classes.index(code), head.b[head.classes.index(code)], []
     for network in head.networks:
         with torch.no_grad():
             z = network.latent(torch.from_numpy(np.array(x))[None])[0].double()
@@ -134,28 +138,38 @@ def slow_logit(head, x, code, without=None):
             patches = [z[:, w:w + p.shape[1]] for w in range(z.shape[1] - p.shape[1] + 1)]
             cosines = [float((patch * p).sum() / patch.norm() / p.norm()) for patch in patches]
             s = np.mean(sorted(cosines)[-network.top_k:])
-            if patient != without:
-                total += head.W[c, j] * (s - head.mean[j]) / head.std[j]
-            j += 1
-    return total + head.b[c], 1e-5 * np.abs(head.W[c] / head.std).sum()
+            found.append(np.nan if patient == without else s)
+    for f, own in enumerate(head.A.T > 0):
+        counted = [s for s in np.array(found)[own] if s == s]
+        if counted:
+            total += head.W[c, f] * (np.mean(counted) - head.mean[f]) / head.std[f]
+    return total, 1e-5 * np.abs(head.W[c] / head.std).sum()
 
 
-@pytest.mark.parametrize("top", [2, 10**6])
-def test_bias_and_contributions_add_up_to_the_logit(made, top):
+def random_weights(made):
+    """A run's classifier with other weights where it has some."""
     head, = heads = common.load_run(made.run)
     head.W = np.random.default_rng(0).normal(size=head.W.shape) * (head.W != 0)
+    return head, heads
+
+
+def test_the_average_and_the_pieces_add_up_to_the_logit(made):
+    head, heads = random_weights(made)
     x = made.prep.signals[5]
-    results = plot.explain(heads, x, top)
+    results = common.explain(heads, x)
     assert {r["label"] for r in results} == set(head.classes)
     for r in results:
-        terms = [q["weight"] * (q["similarity"] - q["mean"]) / q["std"] for q in r["prototypes"]]
-        assert terms == sorted(terms, reverse=True)
-        assert terms == pytest.approx([q["contribution"] for q in r["prototypes"]])
-        rest = sum(o["contribution"] for o in r["others"])
-        assert sum(terms) + rest + r["bias"] == pytest.approx(r["logit"], abs=1e-9)
-        number = sum(o["number"] for o in r["others"])
-        assert number + len(terms) == (head.W[head.classes.index(r["label"])] != 0).sum()
-        assert number == 0 or top == 2
+        pieces, c = r["pieces"], head.classes.index(r["label"])
+        terms = [q["weight"] * (q["similarity"] - q["mean"]) / q["std"] for q in pieces]
+        assert terms == pytest.approx([q["contribution"] for q in pieces])
+        assert np.abs(terms).tolist() == sorted(np.abs(terms), reverse=True)
+        assert sum(terms) + r["average"] == pytest.approx(r["logit"], abs=1e-9)
+        assert {q["class"] for q in pieces} == {
+            name for name, w in zip(head.pieces, head.W[c]) if w}  # no weight, no reason
+        for q in pieces:
+            near = [each["similarity"] for each in q["prototypes"]]
+            assert near == sorted(near, reverse=True)
+            assert np.mean(near) == pytest.approx(q["similarity"])
         wanted, off = slow_logit(head, x, r["label"])
         assert r["logit"] == pytest.approx(wanted, abs=off)
         assert r["probability"] == pytest.approx(1 / (1 + np.exp(-r["logit"])))
@@ -163,28 +177,18 @@ def test_bias_and_contributions_add_up_to_the_logit(made, top):
 
 
 def test_prototypes_of_the_same_patient_do_not_count(made):
-    head, = heads = common.load_run(made.run)
+    head, heads = random_weights(made)
     ecg_id = head.prototypes[0]["ecg_id"]
-    own = np.array([q["ecg_id"] == ecg_id for q in head.prototypes])
     row = made.prep.row_of[ecg_id]
     patient, x = made.prep.patient_ids[row], made.prep.signals[row]
-    for r in plot.explain(heads, x, 10**6, patient):
-        weights = head.W[head.classes.index(r["label"])]
-        assert r["own_patient"] == (weights[own] != 0).sum()
-        assert ecg_id not in {q["ecg_id"] for q in r["prototypes"]}
+    with_them, without = common.explain(heads, x), common.explain(heads, x, patient)
+    for r in without:
+        assert not [q for piece in r["pieces"] for q in piece["prototypes"]
+                    if q["ecg_id"] == ecg_id]
         wanted, off = slow_logit(head, x, r["label"], without=patient)
         assert r["logit"] == pytest.approx(wanted, abs=off)
-    assert (head.W[:, own] != 0).any()
-    assert all(r["own_patient"] == 0 for r in plot.explain(heads, x, 1))
-
-
-def test_what_has_no_weight_is_no_reason(made):
-    head, = heads = common.load_run(made.run)
-    head.W = np.zeros_like(head.W)
-    for weight in (1.0, -1.0):  # also where the others speak against the label
-        head.W[:, :3] = weight
-        for r in plot.explain(heads, made.prep.signals[5], 5):
-            assert len(r["prototypes"]) == 3 and [o["number"] for o in r["others"]] == [0, 0]
+    assert ecg_id in {q["ecg_id"] for q in with_them[0]["pieces"][0]["prototypes"]} | {
+        q["ecg_id"] for r in with_them for piece in r["pieces"] for q in piece["prototypes"]}
 
 
 @pytest.mark.parametrize("model", BRANCHES)
@@ -196,39 +200,52 @@ def test_matched_windows_are_those_that_the_similarity_averages(made, model):
         z = network.latent(torch.from_numpy(x)[None])
         S = common.similarity(z, network.p, network.a)[0].numpy()  # [P, windows]
     places = [common.window_samples(network.kind, w) for w in range(S.shape[1])]
-    for q in plot.explain(heads, x, 99)[0]["prototypes"]:
-        values = [m["similarity"] for m in q["matched"]]
-        assert values == pytest.approx(sorted(S[q["index"]])[::-1][:network.top_k], abs=1e-6)
-        assert np.mean(values) == pytest.approx(q["similarity"], abs=1e-5)
-        found = [S[q["index"], places.index(m["samples"])] for m in q["matched"]]
-        assert found == pytest.approx(values, abs=1e-6)
+    s = common.similarities(head, x[None])[0]
+    for j, q in enumerate(head.prototypes):
+        values = [S[j, places.index(at)] for at in plot.matched_windows(head, q, x)]
+        assert values == sorted(S[j])[::-1][:network.top_k]
+        assert np.mean(values) == pytest.approx(s[j], abs=1e-5)
 
 
 @pytest.mark.parametrize("model", BRANCHES)
 def test_a_page_says_and_shows_what_was_computed(made, model):
-    heads = common.load_run(made.run, [model])
+    head, = heads = common.load_run(made.run, [model])
     x = made.prep.signals[25]
     case = {"title": "an ECG", "true_labels": ["SR", "IMI"]}
-    r = plot.explain(heads, x, 2)[0]
-    q = r["prototypes"][1]
-    (left, right), foot = plot.page(case, x, r, q, made.words)
-    assert left[0] == f"an ECG: {made.words[r['label']]}?"
-    assert left[1] == f"true labels: {made.words['SR']}; {made.words['IMI']}"
-    assert f"prototype {model} {q['index']}: training ECG {q['ecg_id']}" in right[0]
-    assert right[1] == "true labels: " + "; ".join(made.words[c] for c in q["labels"])
-    source = made.prep.signals[made.prep.row_of[q["ecg_id"]]]
-    for scenes, ecg in ((left[2], x), (right[2], source)):
-        assert len(scenes) == 1 + (model == "morphology")
-        assert np.allclose(np.diff(scenes[0]["traces"][-1][2]), -10 * np.diff(ecg[1]), atol=0.011)
-    wanted = [r["logit"], r["bias"], *(p["contribution"] for p in r["prototypes"])]
-    wanted += [o["contribution"] for o in r["others"]]
-    wanted += [q[key] for key in ("contribution", "weight", "similarity", "mean", "std")]
-    first, *lines = foot.split("\n")
-    numbers = re.findall(r"[-+]?\d+\.\d{3}\b", " ".join(lines))
-    assert [float(number) for number in numbers] == pytest.approx(wanted, abs=6e-4)
+    r = common.explain(heads, x)[0]
+    title, text, (above, _, bars, *pairs) = plot.page(case, x, r, head, 1, made.words)
     verdict = "predicted" if r["predicted"] else "not predicted"
-    assert first.startswith(f"{verdict} by the {model} classifier: ")
-    assert f"probability {r['probability']:.3g}, threshold {r['threshold']:.3g}." in first
+    assert title == f"an ECG: {made.words[r['label']]} {verdict}"
+    assert f"True labels: {made.words['SR']}; {made.words['IMI']}." in text
+    assert f"Probability {r['probability']:.3f}, predicted from {r['threshold']:.3f} on" in text
+    values = [value for _, value, _ in bars]
+    assert values[0] == r["average"] and values[-1] == r["logit"]
+    assert sum(values[:-1]) == pytest.approx(r["logit"])
+    piece = next(q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"])
+    nearest = piece["prototypes"][0]
+    assert f"prototype {model} {nearest['index']}: training ECG {nearest['ecg_id']}" in pairs[0]
+    source = made.prep.signals[made.prep.row_of[nearest["ecg_id"]]]
+    strip = np.diff(above[0]["traces"][-1][2])
+    assert np.allclose(strip, -10 * np.diff(x[1]), atol=0.011)
+    first, end = {"samples": q["samples"] for q in head.prototypes
+                  if q["index"] == nearest["index"]}["samples"]
+    part = source[1, :250] if model != "morphology" else source[1, first:end]  # lead II
+    drawn = pairs[1][-1]["traces"][6][2]
+    assert len(pairs[1]) == 1 + (model == "morphology")
+    assert np.allclose(np.diff(drawn), -10 * np.diff(part), atol=0.011)
+
+
+def test_bars_show_all_but_a_twentieth():
+    def result(*terms):
+        piece = {"class": "SR", "similarity": 0.5, "mean": 0.1, "prototypes": []}
+        return {"average": -3.0, "logit": -3 + sum(terms),
+                "pieces": [{**piece, "contribution": t} for t in terms]}
+
+    values = [[v for _, v, _ in plot.bars_of(result(*terms))]
+              for terms in ((4, -1), (4, -1, 0.1, 0.1), (2, 2, -2, 2))]
+    assert values[0] == [-3, 4, -1, 0] and values[1][:3] == [-3, 4, -1]
+    assert values[1][3] == pytest.approx(0.2) and values[2] == [-3, 2, 2, -2, 2, 1]
+    assert [plot.shown(p) for p in (0.99999, 0.00001, 0.5)] == ["> 0.999", "< 0.001", "0.500"]
 
 
 def test_a_case_of_ptbxl_is_written_whole(made, monkeypatch, capsys):
@@ -251,11 +268,9 @@ def test_a_case_of_ptbxl_is_written_whole(made, monkeypatch, capsys):
         assert r["logit"] == pytest.approx(logit, abs=2e-3)
     reached = [r["label"] for r in case["labels"] if r["probability"] >= r["threshold"]]
     assert [r["label"] for r in case["explained"]] == (reached or [case["labels"][0]["label"]])
-    for r in case["explained"]:
-        assert len(r["prototypes"]) == 2
-        for q in r["prototypes"]:
-            with Image.open(made.run / "cases" / q["page"]) as image:
-                assert image.width == 5 * 575 and "x" not in q
+    for r in case["explained"]:  # two feet of paper at most, A4 when printed smaller
+        with Image.open(made.run / "cases" / r["page"]) as image:
+            assert image.width == 5 * 297 and image.height < 5 * 600
     assert (made.run / "cases" / f"{ecg_id}.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -264,7 +279,7 @@ def test_which_labels_are_explained(made, monkeypatch):
     for label in ("LAO/LAE", "PRC(S)"):
         run_stage(monkeypatch, NAME, *made.args, "--case", 10, "--label", label, "--top", 1)
         r, = case_of(made, 10)["explained"]
-        page = r["prototypes"][0]["page"]
+        page = r["page"]
         assert r["label"] == label and (made.run / "cases" / page).is_file()
         assert re.fullmatch(r"[\w/-]+\.png", page)
     text = refused(monkeypatch, *made.args, "--case", 10, "--label", "FLUTTER")
@@ -309,7 +324,7 @@ def test_an_own_record_needs_the_run_alone(made, monkeypatch, tmp_path, capsys):
     cases = [case_of(made, name) for name in ("record-p1-own", "record-p-2-own")]
     for case in cases:
         assert case["ecg_id"] is None and case["true_labels"] is None
-        page = case["explained"][0]["prototypes"][0]["page"]
+        page = case["explained"][0]["page"]
         assert (made.run / "cases" / page).is_file()
     assert cases[1]["record"] == path
     filtered = plot.read_wfdb(path)[None]
@@ -369,7 +384,8 @@ def test_command_line(made, monkeypatch, capsys):
 def test_gallery_shows_every_prototype_and_escapes_hostile_text(made, monkeypatch, capsys):
     run_stage(monkeypatch, NAME, *made.alone, "--threads", 2)
     figures, total = made.run / "figures", len(made.prototypes)
-    assert capsys.readouterr().out.endswith(f"{total} prototypes -> {figures}/gallery.html\n")
+    last = f"{total} of {total} prototypes -> {figures}/gallery.html\n"
+    assert capsys.readouterr().out.endswith(last)
     text = (figures / "gallery.html").read_text()
     files = re.findall(r'<img src="([\w/-]+\.png)"', text)
     assert len(set(files)) == text.count("<img") == total
@@ -440,7 +456,7 @@ def test_review_in_a_browser(browser, review, made, tmp_path):
 
     # The picture is what the stage laid out
     q = ours[0]
-    strip = plot.scenes_of(q["x"], q["kind"], [q["samples"]])[0]["traces"][-1]
+    strip = plot.scenes_of(q)[0]["traces"][-1]
     points = js("return [...document.querySelector('svg').querySelectorAll('polyline')]"
                 ".at(-1).getAttribute('points')")
     x, y = np.array([p.split(",") for p in points.split(" ")], float).T

@@ -51,8 +51,9 @@ def test_paper_recipe_has_the_authors_numbers():
         per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30, lambdas=(0.004, 0.0004, 250.0, 600.0),
         lr=1e-4, batch=32, dropout=0.35, weight_decay=1.7e-4, seed=42, scale_input=False,
         add_on="sigmoid", head="frozen", rounds=2, optimizer="adam", scheduler="cosine", epochs=200,
-        patience=10, start="imagenet", prototypes="random", pool="mean", class_weights=True,
-        augment=False, project_every=0, unique=False, blackbox_ema=0.0, own_patient=True)
+        patience=10, start="imagenet", pool="mean", class_weights=True, augment=False, width=64,
+        unique=False, ema=0.0, own_patient=True, tie="none", latent_dim=0,
+        auxiliary=0.0, head_start=(1.0, -0.5), lr_prototypes=1.0)
     assert {k: getattr(PAPER, k) for k in expected} == expected
 
 
@@ -98,9 +99,8 @@ def test_similarity_ignores_length_and_is_a_for_itself():
 
 def small_model(kind, **settings):
     torch.manual_seed(1)
-    cfg = Config(**{"width": 2, **settings})
-    codes = ["SR", "AFIB", "IMI"]
-    return common.ProtoECGNet(kind, codes, [2, 3, 2], cfg, latent_dim=5).eval()
+    cfg = Config(**{"width": 2, "latent_dim": 5, **settings})
+    return common.ProtoECGNet(kind, ["SR", "AFIB", "IMI"], [2, 3, 2], cfg).eval()
 
 
 @pytest.mark.parametrize("kind, L, k", [
@@ -117,12 +117,13 @@ def test_a_score_is_the_mean_of_the_top_k_windows(kind, L, k):
 @pytest.mark.parametrize("kind", common.WINDOW)
 def test_similarities_and_head_are_float32_under_autocast(kind):
     """Over hundreds of prototypes logits differ by less than bf16 resolves."""
-    model = small_model(kind)
+    model, x = small_model(kind, tie="none"), random32(2, 12, 1000)
     model.head.weight.data *= 1e4
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        logits, s = model(random32(2, 12, 1000))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        s, logits = model.scores(model.latent(x)), model(x)
     assert logits.dtype == s.dtype == torch.float32
-    torch.testing.assert_close(logits, model.head(s), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model.head(s), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", common.WINDOW)
@@ -132,15 +133,17 @@ def test_model_shapes_and_head_start(kind, recipe):
     model = common.ProtoECGNet(kind, ["SR", "AFIB", "IMI"], [2, 0, 1], cfg).eval()
     assert model.p_class.tolist() == [0, 0, 2]
     W = [[1, 1, -0.5], [-0.5, -0.5, -0.5], [-0.5, -0.5, 1]]
-    assert model.head.weight.tolist() == W and model.head.bias.tolist() == [0, 0, 0]
+    if recipe == "default":  # W = V A^T with one weight for a class: 10 for its own
+        W = [[5, 5, 0], [0, 0, 0], [0, 0, 10]]
+    assert (model.head.weight @ model.A.T).tolist() == W and model.head.bias.tolist() == [0, 0, 0]
     assert model.p.shape[2] == {"1d": 1, "partial": 3, "global": 32}[kind]
     with torch.no_grad():
         x = random32(2, 12, 1000)
-        logits, s = model(x)
-        z = model.latent(x)
+        logits, z = model(x), model.latent(x)
+        s = model.scores(z)
     assert logits.shape == s.shape == (2, 3)
     assert z.shape[2] == (1 if kind == "1d" else 32)
-    torch.testing.assert_close(logits, s @ torch.tensor(W).T)
+    torch.testing.assert_close(logits, s @ torch.tensor(W, dtype=torch.float).T)
     if recipe == "paper":
         assert ((z >= 0) & (z <= 1)).all()  # sigmoid add-on
 
@@ -215,6 +218,7 @@ def loss_case(name):
     return random(N, C, seed=8) * 2, s, y, random(len(p_class), 4, 3, seed=9), p_class, J
 
 
+train = stage("02_train_joint")
 CASES = ["ordinary", "one record", "one class", "negative similarities", "class without prototypes",
          "two records without labels", "no record with labels", "two records with all labels",
          "all records with all labels"]
@@ -227,7 +231,7 @@ def test_loss_equals_the_double_loop(name, paper):
     *tensors, p_class, J = loss_case(name)
     w = torch.linspace(0.5, 30, len(J), dtype=torch.float64) if paper else None
     lambdas = PAPER.lambdas if paper else LAMBDAS
-    fast = common.composite_loss(*tensors, p_class, J, lambdas, w)
+    fast = train.composite_loss(*tensors, p_class, J, lambdas, w)
     slow = slow_loss(*tensors, p_class.tolist(), J, lambdas, w)
     assert list(fast) == list(slow)
     for term in slow:
@@ -240,7 +244,7 @@ def test_loss_gradcheck(name):
     w = torch.linspace(0.5, 30, len(J), dtype=torch.float64)
 
     def terms(logits, s, p):
-        return tuple(common.composite_loss(logits, s, y, p, p_class, J, LAMBDAS, w).values())
+        return tuple(train.composite_loss(logits, s, y, p, p_class, J, LAMBDAS, w).values())
 
     assert torch.autograd.gradcheck(terms, [t.requires_grad_() for t in (logits, s, p)])
 
@@ -255,7 +259,7 @@ def test_gradcheck_of_a_branch_from_latent_to_loss(T):
     def total(z, p, W):
         s = common.similarity(z, p, 2.0)
         s = s.topk(min(2, s.shape[2]), dim=2).values.mean(2)
-        return common.composite_loss(s @ W.T, s, y, p, p_class, J, LAMBDAS)["total"]
+        return train.composite_loss(s @ W.T, s, y, p, p_class, J, LAMBDAS)["total"]
 
     assert torch.autograd.gradcheck(total, [t.requires_grad_() for t in (z, p, W)])
 
@@ -379,14 +383,15 @@ def test_where_dropout_stands():
         net, seen = common.BlackBox(["SR", "AFIB"], Config(width=16, pool=pool, dropout=0.5)), []
         net.backbone.layer3.register_forward_hook(lambda m, i, o: seen.append(o))
         net.backbone.layer4.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
-        net.head.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
-        pooled = net.train()(random32(16, 12, 1000))[1]
-        for before, after, p in ((*seen[:2], 0.5), (pooled, seen[2], share)):
+        net.head.dropout.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+        net.head.linear.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+        net.train()(random32(16, 12, 1000))
+        for before, after, p in ((*seen[:2], 0.5), (*seen[2:], share)):
             gone = (after == 0) & (before != 0)
             assert abs(gone.sum() / (before != 0).sum() - p) < 0.05
             torch.testing.assert_close(after[~gone], before[~gone] / (1 - p))
-        pooled = net.eval()(random32(2, 12, 1000))[1]
-        assert torch.equal(seen[-1], pooled)
+        net.eval()(random32(2, 12, 1000))
+        assert torch.equal(seen[-1], seen[-2])
 
 
 # ---- Eq. (8)
@@ -503,7 +508,7 @@ def test_batched_results_belong_to_the_record_alone(tiny_prep, kind):
         model = small_model(kind, width=16)
 
     def logits(rows):
-        return common.batched(lambda x: model(x)[0], prep, rows, "cpu", batch=16)
+        return common.batched(model, prep, rows, "cpu", batch=16)
 
     every = logits(rows)
     assert every.shape == (40, 3)
@@ -512,7 +517,7 @@ def test_batched_results_belong_to_the_record_alone(tiny_prep, kind):
     shuffled = np.random.default_rng(0).permutation(40)  # and whoever its neighbours are
     assert torch.equal(logits(shuffled), every[shuffled])
     some = [0, 17, 39]
-    alone = torch.cat([model(torch.from_numpy(prep.signals[i:i + 1]))[0] for i in some]).detach()
+    alone = torch.cat([model(torch.from_numpy(prep.signals[i:i + 1])) for i in some]).detach()
     torch.testing.assert_close(every[some], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -725,7 +730,8 @@ def test_a_run_folder_predicts_without_prep(tiny_prep, tmp_path, monkeypatch):
     assert [h.name for h in heads] == ["fusion"] and heads[0].branches == common.BRANCHES
     probability = torch.sigmoid(saved["logits"].double())
     np.testing.assert_allclose(common.predict(heads, x), probability, atol=1e-5)
-    each = [network(torch.from_numpy(x))[1].detach() for network in heads[0].networks]
+    each = [network.scores(network.latent(torch.from_numpy(x))).detach()
+            for network in heads[0].networks]
     np.testing.assert_allclose(common.similarities(heads[0], x), torch.cat(each, 1), atol=1e-6)
     (rhythm,) = common.load_run(run, ["rhythm"])
     assert np.isnan(common.predict([rhythm], x[:1])).sum() == 71 - len(rhythm.classes)

@@ -34,8 +34,7 @@ def tune(tmp_path, monkeypatch):
     def search(trials, *flags, study="study", prep="prep"):
         storage = f"sqlite:///{tmp_path}/{study}.db"
         run_stage(monkeypatch, "tune", "--model", "rhythm", "--trials", trials, "--study", storage,
-                  "--prep", tmp_path / prep, "--run", tmp_path / f"run-{prep}", "--threads", 1,
-                  "--set", *SMALL, *flags)
+                  "--prep", tmp_path / prep, "--threads", 1, "--set", *SMALL, *flags)
         trials = optuna.load_study(study_name="rhythm", storage=storage).trials
         return [(t.params, t.value) for t in trials]
 
@@ -50,22 +49,19 @@ def test_tuning_goes_on_blind_to_fold_10_and_its_best_can_be_trained(
     signals, labels = np.array(prep.signals), np.array(prep.labels)
     signals[prep.test], labels[prep.test] = 50, 1 - labels[prep.test]
     write_prep(tmp_path / "poisoned")
-    poisoned = change_prep(tmp_path / "poisoned", signals=signals, labels=labels)
-    for each in (prep, poisoned):
-        write_joint(tmp_path / f"run-{each.path.parent.name}", each, "blackbox-rhythm", seed=42)
-    search = "--search", "training", "lambdas", "batch", "per_class"
+    change_prep(tmp_path / "poisoned", signals=signals, labels=labels)
+    search = "lambda_div=0", "--search", "training", "lambdas", "batch", "per_class"
     tune(1, *search)
     found = tune(2, *search)
     line = capsys.readouterr().out.splitlines()[-1]
     assert found == tune(2, *search, study="other", prep="poisoned")
     assert len(found) == 2 and found[0][0]["lr"] != found[1][0]["lr"]
-    assert len(found[0][0]) == 10  # four for training, four lambdas, batch, prototypes a class
-    flags = ["--run", tmp_path / "run-prep", "--prep", tmp_path / "prep", "--model", "rhythm"]
+    assert len(found[0][0]) == 9  # four for training, lambdas but of no term, batch, per_class
+    flags = ["--run", tmp_path / "run", "--prep", tmp_path / "prep", "--model", "rhythm"]
     run_stage(monkeypatch, "02_train_joint", *flags, "--set", *line.split("--set ")[1].split())
     for name in ("03_project", "04_fusion"):
         run_stage(monkeypatch, name, *flags)
-    path = tmp_path / "run-prep/classifiers/rhythm.pt"
-    best = common.load(path, "")["meta"]["val_auroc"]
+    best = common.load(tmp_path / "run/classifiers/rhythm.pt", "")["meta"]["val_auroc"]
     assert best == max(value for _, value in found) and f"{best:.4f}" in line
 
 
@@ -75,12 +71,13 @@ def test_what_tuning_refuses_and_what_it_survives(tune, tmp_path, monkeypatch):
             tune(*given, **more)
         return sentence(e)
 
-    prep = write_prep(tmp_path / "prep")
-    assert "02_train_joint.py --model blackbox-rhythm" in refused(1)
-    write_joint(tmp_path / "run-prep", prep, "blackbox-rhythm", seed=42)
-    assert "blackbox-rhythm/joint.pt has width 16" in refused(1, "width=32", study="wide")
+    assert "run 01_preprocess.py first" in refused(1)
+    write_prep(tmp_path / "prep")
+    write_prep(tmp_path / "others", codes=("NORM", "IMI"))
+    assert "no rhythm label" in refused(1, study="others", prep="others")  # what 02 said
     tune(1)
     assert "other settings" in refused(2, "top_k=3") and "other settings" in refused(2, "--seed", 1)
+    assert "other settings or data" in refused(2, prep="others")
     monkeypatch.setattr(stage("02_train_joint"), "augment", lambda x: x * np.nan)
     assert "diverged" in refused(2, study="diverging")
     assert tune(2)[1][1] is None  # a pruned trial beside a finished one
@@ -89,11 +86,9 @@ def test_what_tuning_refuses_and_what_it_survives(tune, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_workers_share_a_study(tmp_path):
     """They begin at the same moment, with a database that is not there yet."""
-    prep, study = write_prep(tmp_path / "prep"), f"sqlite:///{tmp_path}/study.db"
-    write_joint(tmp_path / "run", prep, "blackbox-rhythm", seed=42)
-    flags = ["--prep", tmp_path / "prep", "--run", tmp_path / "run", "--threads", 1]
-    flags += ["--model", "rhythm", "--trials", 4, "--study", study, "--set", *SMALL]
-    command = [sys.executable, ROOT / "tests/tune.py", *flags]
+    prep, study = write_prep(tmp_path / "prep").path.parent, f"sqlite:///{tmp_path}/study.db"
+    flags = ["--model", "rhythm", "--trials", 4, "--threads", 1, "--study", study, "--prep", prep]
+    command = [sys.executable, ROOT / "tests/tune.py", *flags, "--set", *SMALL]
     workers = [subprocess.Popen([*map(str, command)]) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
     trials = pytest.importorskip("optuna").load_study(study_name="rhythm", storage=study).trials
@@ -187,15 +182,23 @@ def test_bridge_and_the_place_of_the_control():
     assert other.sum() == 100 and not (other & mask).any()
 
 
+def test_what_is_measured_of_a_branch_and_its_first_prototypes():
+    """Of three prototypes the first two are of one class, so of one piece of evidence."""
+    p, p_class = torch.tensor([[1.0, 0], [0, 1], [1, 1]])[:, :, None], torch.tensor([0, 0, 1])
+    head = SimpleNamespace(
+        networks=[SimpleNamespace(p=p, p_class=p_class, a=1.0)], A=np.eye(2)[[0, 0, 1]],
+        prototypes=[{"class": "SR", "ecg_id": i, "window": 0} for i in (1, 1, 2)],
+        mean=0, std=1, W=np.array([[0.0, 1.0], [1.0, 2.0]]))
+    s = np.array([[0.9, 0.1, 0.3], [0.1, 0.3, 0.05]])
+    assert faithfulness.first_prototypes(head, s, [1, 1]).tolist() == [2, 1]
+    s[:, 0], head.W[:, 1] = 0.3, 0  # the first is constant, the third of a piece without weights
+    found = faithfulness.measure_branch(head, s, np.eye(2), np.eye(2))
+    assert list(found.values())[:4] == pytest.approx([1 / 3, 2, 1, 1 - 0.5**0.5])
+
+
 def test_a_run_is_measured(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    write_run(monkeypatch, run, write_prep(tmp_path / "prep", n=100))
+    run = write_run(monkeypatch, tmp_path / "run", write_prep(tmp_path / "prep", n=100))
     run_stage(monkeypatch, "faithfulness", "--run", run, "--prep", tmp_path / "prep")
     found = json.loads((run / "faithfulness.json").read_text())
     assert set(found) == {*common.BRANCHES, "fusion"} and found["rhythm"]["duplicates"] == 0
     assert {"logit drop, cut", "window, wander"} <= set(found["morphology"])
-    net = common.load_run(run, ["rhythm"])[0].networks[0]
-    unit = torch.nn.functional.normalize(net.p.detach().double().flatten(1), dim=1)
-    other = net.p_class[:, None] != net.p_class
-    separation = 1 - float((unit @ unit.T)[other].mean())
-    assert found["rhythm"]["separation"] == pytest.approx(separation, abs=1e-4)

@@ -4,11 +4,11 @@
     python tests/tune.py --model rhythm --trials 1000 --study sqlite:///lambdas.db \\
         --search lambdas --set dropout=0.3 batch=32 lr=1e-3 scheduler=plateau
 
-A trial trains (02), projects (03) and fits the sparse classifier (04) in a temporary run folder
-that has the black box of --run. Its value is the classifier's macro-AUROC on fold 9; no label of
-fold 10 is read. Trials that diverge are pruned. The same command goes on where a search was, and
-several workers may share a study: all stop when it holds --trials finished trials. The paper gives
-no ranges; ours are in `suggest`. Last line: the best trial as 02 takes it, `--set lr=... `.
+A trial trains (02), projects (03) and fits the sparse classifier (04) in a temporary run folder.
+Its value is the classifier's macro-AUROC on fold 9; no label of fold 10 is read. Trials that
+diverge are pruned. The same command goes on where a search was, and several workers may share a
+study: all stop when it holds --trials finished trials. The paper gives no ranges; ours are in
+`suggest`. Last line: the best trial as 02 takes it, `--set lr=... `.
 """
 import importlib
 import json
@@ -37,12 +37,12 @@ def suggest(trial, args, cfg):
         new["lr"] = trial.suggest_float("lr", 1e-5, 1e-2, log=True)
         new["weight_decay"] = trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True)
         new["dropout"] = trial.suggest_float("dropout", 0.0, 0.6)
-        schedulers = stage_2.CHOICES["scheduler"]
-        new["scheduler"] = trial.suggest_categorical("scheduler", schedulers)
-    if "lambdas" in args.search:  # two decades around what they are
+        new["scheduler"] = trial.suggest_categorical("scheduler", stage_2.CHOICES["scheduler"])
+    if "lambdas" in args.search:  # two decades around what they are; without a term, none
         for name in ("clst", "sep", "div", "cntrst"):
             k, value = f"lambda_{name}", getattr(cfg, f"lambda_{name}")
-            new[k] = trial.suggest_float(k, value / 100, value * 100, log=True)
+            if value:
+                new[k] = trial.suggest_float(k, value / 100, value * 100, log=True)
     if "batch" in args.search:
         new["batch"] = trial.suggest_categorical("batch", [32, 64, 128, 256])
     if "per_class" in args.search:  # the authors recommend 5-10, 15-20 and 3-8
@@ -53,12 +53,9 @@ def suggest(trial, args, cfg):
     return [f"{k}={v}" for k, v in new.items()]
 
 
-def value_of(args, source, settings):
+def value_of(args, settings):
     """Fold-9 macro-AUROC of the sparse classifier of a model trained with these settings."""
-    with tempfile.TemporaryDirectory(prefix="trial-") as folder:
-        run = Path(folder)
-        if source in common.BOXES:
-            (run / source).symlink_to((args.run / source).resolve())
+    with tempfile.TemporaryDirectory(prefix="trial-") as run:
         flags = ["--model", args.model, "--recipe", args.recipe, "--run", run, "--prep", args.prep]
         if args.threads:
             flags += ["--threads", args.threads]
@@ -71,7 +68,7 @@ def value_of(args, source, settings):
                 if "lower lr" in reason:  # it diverged
                     raise optuna.TrialPruned(reason)
                 sys.exit(reason)
-        path = run / "classifiers" / f"{args.model}.pt"
+        path = Path(run) / "classifiers" / f"{args.model}.pt"
         return common.load(path, "04_fusion.py")["meta"]["val_auroc"]
 
 
@@ -90,7 +87,7 @@ def open_study(args, about):
 
 
 def main():
-    p = common.argument_parser(__doc__, "prep", "run", "recipe", "seed", "threads")
+    p = common.argument_parser(__doc__, "prep", "recipe", "seed", "threads")
     branches = [m for m in common.MODELS if m not in common.BOXES]
     p.add_argument("--model", required=True, choices=branches, metavar="MODEL")
     p.add_argument("--trials", type=int, required=True, help="finished trials in the end")
@@ -101,17 +98,13 @@ def main():
     p.set_defaults(demo=False, no_contrastive=False)
     args = common.parse(p)
     cfg = stage_2.settings(args, p)
-    source, inputs = stage_2.start_of(args.model, cfg), [args.prep / "preprocess.json"]
-    if source in common.BOXES:  # trained once, and not by every trial
-        inputs.append(args.run / source / "joint.pt")
-        common.load(inputs[1], f"02_train_joint.py --model {source}")
-    prints = [common.file_hash(path) for path in inputs]
-    study = open_study(args, json.dumps([sorted(args.search), asdict(cfg), prints]))
+    data = common.file_hash(common.load_prep(args.prep).path)
+    study = open_study(args, json.dumps([sorted(args.search), asdict(cfg), data]))
 
     def objective(trial):
         seed = (10**4 * args.seed + trial.number) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed)  # workers differ, and repeat
-        return value_of(args, source, suggest(trial, args, cfg))
+        return value_of(args, suggest(trial, args, cfg))
 
     while len(study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))) < args.trials:
         study.optimize(objective, n_trials=1)
