@@ -44,7 +44,7 @@ from common import BOXES, CODES, LEADS, RATE, SAMPLES
 matplotlib.rcParams["text.parse_math"] = False  # "$" in a text is a "$"
 NAMES = [lead.replace("AV", "aV") for lead in LEADS]
 ROWS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]  # of leads, on clinical paper
-STEP, MM_MV = 25 / RATE, 10  # mm a sample, at 25 mm/s, and mm/mV
+STEP = 25 / RATE  # mm a sample, at 25 mm/s
 LEFT, WIDTH = 15, 270  # mm: where traces begin, and the paper's width
 PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
 MARGIN = 13.5  # mm, of a sheet
