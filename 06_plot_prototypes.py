@@ -162,7 +162,7 @@ def draw_bars(ax, bars, top):
     """Bars (what, value, more), a line each, to scale, from a common zero."""
     values = np.array([value for _, value, _ in bars])
     most, least = max(values.max(), 0), min(values.min(), 0)
-    mm = 90 / (most - least)
+    mm = 70 / (most - least)
     zero = 80 - mm * least
     for i, (what, value, more) in enumerate(bars):
         y = top + 5.5 * i + 2.5
@@ -172,7 +172,7 @@ def draw_bars(ax, bars, top):
         ax.add_patch(Rectangle((zero, y - 1.8), mm * value, 3.6, color=colour))
         ax.text(MARGIN, y, what, fontsize=3.5 * POINT, va="center")
         ax.text(78, y, f"{value:+.2f}", fontsize=3.5 * POINT, va="center", ha="right")
-        ax.text(174, y, more, fontsize=3.5 * POINT, va="center")
+        ax.text(154, y, more, fontsize=3.5 * POINT, va="center")
 
 
 # ---- Gallery
@@ -282,8 +282,8 @@ def bars_of(r):
         ids = " ".join(str(q["ecg_id"]) for q in piece["prototypes"])
         like = "like" if piece["similarity"] > piece["mean"] else "unlike"
         bars.append((f"{like} {piece['class']}", piece["contribution"],
-                     f"similarity {piece['similarity']:.2f}, on average {piece['mean']:.2f}; to "
-                     f"ECG {ids}"))
+                     f"similarity {piece['similarity']:.2f}, average {piece['mean']:.2f}, to ECG "
+                     f"{ids}"))
     rest = [piece["contribution"] for piece in r["pieces"][most:]]
     if rest:
         bars.append((f"and {len(rest)} more, together", sum(rest), ""))
