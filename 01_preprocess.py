@@ -1,12 +1,11 @@
-"""Stage 01, preprocessing (paper 3.1, 3.2): PTB-XL records -> arrays for later stages.
+"""Stage 01, preprocessing (paper 3.1, 3.2): PTB-XL -> arrays.
 
 reads   DATA/ptbxl_database.csv, scp_statements.csv, records100/
-writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered at 0.5 Hz;
-        labels uint8 [N, 71]; folds, ecg_ids, patient_ids int64 [N]; preprocess.json: scaler, counts
+writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered;
+        labels [N, 71]; folds, ecg_ids, patient_ids [N]; preprocess.json
 
-    python 01_preprocess.py     all 21,799 records; with --records 3000 the first 3,000
-
-Takes half a minute. Last line: `runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
+    python 01_preprocess.py     all records; --records 3000: the first
+Last line: `runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
 """
 import sys
 from itertools import islice
@@ -17,30 +16,31 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 import common
-from common import CODES, LEADS
+from common import CODES, LEADS, file_hash
 
 TABLES = "ptbxl_database.csv", "scp_statements.csv"
-HASHES = "7600de9c1b27d181", "ad05b0b1fcae83bb"  # of the tables of PTB-XL v1.0.3
+HASHES = "7600de9c1b27d181", "ad05b0b1fcae83bb"  # of v1.0.3
 OTHER = "NOT PTB-XL v1.0.3", "SYNTHETIC"
-NUMBERS, WORDS = ["ecg_id", "patient_id", "strat_fold"], ["scp_codes", "filename_lr"]
-CSV = {"encoding": "utf-8-sig", "dtype": str, "engine": "python"}  # refuses odd quotes
+NUMBERS = ["ecg_id", "patient_id", "strat_fold"]
+COLUMNS = [*NUMBERS, "scp_codes", "filename_lr"]
+CSV = {"encoding": "utf-8-sig", "dtype": str, "engine": "python"}
 
 
 def read_tables(data, first):
-    """The first records by ecg_id (a DataFrame), {label: description}; or an exception."""
+    """The first records by ecg_id and {label: description}."""
     described = dict(pd.read_csv(data / TABLES[1], usecols=[0, 1], **CSV).to_numpy())
     if list(described) != CODES:
         raise ValueError(f"{TABLES[1]} does not list the 71 labels of PTB-XL")
-    table = pd.read_csv(data / TABLES[0], usecols=NUMBERS + WORDS, **CSV).fillna("")
+    table = pd.read_csv(data / TABLES[0], usecols=COLUMNS, **CSV).fillna("")
     numbers = table[NUMBERS].apply(pd.to_numeric, errors="coerce")
     ecg_id, patient, fold = (numbers[name] for name in NUMBERS)
-    names = [f"records100/{i // 1000 * 1000:05.0f}/{i:05.0f}_lr" for i in ecg_id]
-    codes = table["scp_codes"].str
+    names = [f"records100/{i // 1000:02.0f}000/{i:05.0f}_lr" for i in ecg_id]
+    name, codes = table["filename_lr"], table["scp_codes"].str
     checks = {
         "a number is not whole": (numbers % 1 == 0).all(axis=1),
         "strat_fold is not one of 1-10": fold.between(1, 10),
         "its patient is in two folds": fold.groupby(patient).transform("nunique") == 1,
-        "filename_lr is not its own": (table["filename_lr"] == names) & ~ecg_id.duplicated(),
+        "filename_lr is not its own": (name == names) & ~ecg_id.duplicated(),
         "scp_codes is no dictionary": codes.fullmatch(r"\{('[^']+': [0-9.]+,? ?)*\}"),
         "it has an unknown label": codes.findall("'(.+?)'").map(set(CODES).issuperset)}
     for what, right in checks.items():
@@ -51,22 +51,22 @@ def read_tables(data, first):
 
 
 def read_record(path):
-    """The samples of a record, int16 microvolt [12, 1000], or an exception."""
+    """The samples of a record, int16 [12, 1000] uV."""
     header = path.with_suffix(".hea").read_text(errors="replace")
-    lines = [line.split() for line in header.splitlines()]
+    words = [line.split() for line in header.splitlines()]
     signal = [f"{path.name}.dat", "16", "1000.0(0)/mV", "16", "0", "0"]
-    right = [[path.name, "12", "100", "1000"], *(signal + [lead] for lead in LEADS)]
-    if [words[:5] + words[7:] for words in lines] != right:
+    right = [[path.name, "12", "100", "1000"], *([*signal, s] for s in LEADS)]
+    if [w[:5] + w[7:] for w in words] != right:
         raise ValueError("its header is not that of a 100 Hz record of PTB-XL")
     x = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(1000, 12).T
-    checksums = [int(words[6]) for words in lines[1:]]
-    if ((x.sum(1, dtype=np.int64) - checksums) % 2**16).any() or (x == -2**15).any():
+    sums = x.sum(1, dtype=np.int64) - [int(w[6]) for w in words[1:]]
+    if (sums % 2**16).any() or (x == -2**15).any():
         raise ValueError("its checksums are not those of its samples, or some are missing")
     return x
 
 
 def usable(args, table, skipped):
-    """Yield (ecg_id, fold, samples); with --skip-bad, others go to `skipped`."""
+    """Yield (ecg_id, fold, samples); others, with --skip-bad, join `skipped`."""
     for row in tqdm(table.itertuples(), "reading", len(table)):
         path = args.data / row.filename_lr
         try:
@@ -78,28 +78,28 @@ def usable(args, table, skipped):
 
 
 def write_signals(path, records):
-    """Filter `records` into a .npy float32 [N, 12, 1000] mV; returns what it finds on the way."""
+    """Filter `records` into a .npy [N, 12, 1000] -> scaler, flat, saturated."""
     scaler, flat, saturated = StandardScaler(), [], []
     with open(path, "wb") as f:
         f.seek(128)  # the header comes last
         while chunk := list(islice(records, 512)):
-            ids, folds, digital = map(np.array, zip(*chunk))
-            parts = np.array_split(digital / 1000, 8)  # they fit a cache
-            x = np.concatenate([common.highpass(part) for part in parts])
+            ids, folds, uV = map(np.array, zip(*chunk))
+            parts = np.array_split(uV / 1000, 8)  # they fit a cache
+            x = np.concatenate([*map(common.highpass, parts)])
             f.write(x.astype("<f4").tobytes())  # [n, 12, 1000] mV
             if (folds <= 8).any():
                 scaler.partial_fit(x[folds <= 8].transpose(0, 2, 1).reshape(-1, 12))
-            flat += ids[(np.ptp(digital, axis=2) == 0).any(1)].tolist()
-            saturated += ids[(np.abs(digital) == 2**15 - 1).any((1, 2))].tolist()
-        N = (f.tell() - 128) // 48_000
-        header = {"descr": "<f4", "fortran_order": False, "shape": (N, 12, 1000)}
+            flat += ids[(np.ptp(uV, 2) == 0).any(1)].tolist()
+            saturated += ids[(abs(uV) == 2**15 - 1).any((1, 2))].tolist()
+        shape = (f.tell() - 128) // 48_000, 12, 1000
         f.seek(0)
-        np.lib.format.write_array_header_1_0(f, header)
+        np.lib.format.write_array_header_1_0(
+            f, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return scaler, flat, saturated
 
 
 def jaccard(labels):
-    """labels [N, C] of 0/1 -> [C, C]: records with both over records with either."""
+    """labels [N, C] -> [C, C]: records with both over records with either."""
     y = labels.astype(np.float64)
     both = y.T @ y
     either = y.sum(0)[:, None] + y.sum(0) - both
@@ -109,7 +109,7 @@ def jaccard(labels):
 def main():
     p = common.argument_parser(__doc__, "data", "prep", "threads", "demo")
     p.add_argument("--records", type=int, metavar="N", help="only the first N")
-    p.add_argument("--skip-bad", action="store_true", help="leave bad records out")
+    p.add_argument("--skip-bad", action="store_true", help="leave them out")
     args = common.parse(p)
     try:
         table, described = read_tables(args.data, args.records)
@@ -121,14 +121,14 @@ def main():
     table = table[~table["ecg_ids"].isin([s["ecg_id"] for s in skipped])]
     sizes = np.histogram(table["folds"], [1, 9, 10, 11])[0].tolist()
     if 0 in sizes:
-        sys.exit(f"{args.data}: {len(table)} records are too few: a part is empty: {sizes}")
+        sys.exit(f"{args.data}: {sum(sizes)} records are too few: a part is empty: {sizes}")
     (args.prep / "preprocess.json").unlink(missing_ok=True)  # until all is new
     signals.replace(args.prep / "signals.npy")
     labels = [[f"'{c}'" in codes for c in CODES] for codes in table["scp_codes"]]
     arrays = {"labels": np.uint8(labels), **table[["folds", "ecg_ids", "patient_ids"]]}
     for name, array in arrays.items():
         common.save(args.prep / f"{name}.npy", array)
-    hashes = tuple(common.file_hash(args.data / n) for n in TABLES)
+    hashes = tuple(file_hash(args.data / name) for name in TABLES)
     other = b"SYNTHETIC" in (args.data / TABLES[0]).read_bytes()
     data = "PTB-XL v1.0.3" if hashes == HASHES else OTHER[other]
     train = arrays["labels"][table["folds"] <= 8]
@@ -140,9 +140,9 @@ def main():
         "without_training_record": [c for c in CODES if not positives[c]],
         "filter": "Butterworth high-pass, order 1, 0.5 Hz, both ways",
         "scaler": {"mean": scaler.mean_.tolist(), "std": scaler.scale_.tolist()},
-        "jaccard": jaccard(train).round(6).tolist(), "flat_leads": flat, "saturated": saturated,
-        "sha256": {n: common.file_hash(args.prep / f"{n}.npy") for n in ("signals", *arrays)},
-        "data": data, "tables": dict(zip(TABLES, hashes))})
+        "jaccard": jaccard(train).round(6).tolist(), "flat_leads": flat,
+        "sha256": {k: file_hash(args.prep / f"{k}.npy") for k in ("signals", *arrays)},
+        "saturated": saturated, "data": data, "tables": dict(zip(TABLES, hashes))})
     print(f"{args.prep}: {len(table):,} records, {data}: {sizes}")
 
 

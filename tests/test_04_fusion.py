@@ -35,7 +35,9 @@ def problem(N=150, P=14, C=4, seed=0):
 
 
 def solve(X, Y, off, lambda_, W=None, b=None):
-    W, b, violation = fusion.fit(X, Y, off, lambda_, W, b, tolerance=TIGHT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusion, "TOLERANCE", TIGHT)
+        W, b, violation = fusion.fit(X, Y, off, lambda_, W, b)
     assert violation <= TIGHT
     return W, b
 
@@ -95,14 +97,15 @@ def test_fit_equals_an_independent_solver(lambda_, seed):
         np.testing.assert_allclose(W[c], best.x[:P] - best.x[P:-1], atol=2e-3)
 
 
-def test_fit_does_not_depend_on_the_start():
+def test_fit_does_not_depend_on_the_start(monkeypatch):
     X, Y, off = problem()
     W, b = solve(X, Y, off, 5e-3)
     start = np.random.default_rng(0).normal(size=off.shape)
     W_2, b_2 = solve(X, Y, off, 5e-3, start, start[:, 0])
     np.testing.assert_allclose(W_2, W, atol=2e-5)  # violation over curvature
     np.testing.assert_allclose(b_2, b, atol=1e-4)  # at -10 the loss is nearly flat in it
-    assert fusion.fit(X, Y, off, 5e-3, rounds=1)[2] > fusion.TOLERANCE  # unsolved: it says so
+    monkeypatch.setattr(fusion, "ROUNDS", 1)
+    assert fusion.fit(X, Y, off, 5e-3)[2] > fusion.TOLERANCE  # unsolved: it says so
 
 
 def test_classes_without_an_inner_optimum():
@@ -179,8 +182,7 @@ def test_standardise_uses_training_folds_and_forgets_own_patients(tied):
 def path_of(scores, prep, y, recipe="default"):
     X, *_ = fusion.standardise(scores, np.eye(8), prep, np.zeros(8, int))
     off = np.arange(8) % 3 != np.arange(3)[:, None]
-    return fusion.fit_path(X[prep.train], y[prep.train].astype(float), off, X[prep.val],
-                           y[prep.val], recipe, "test")
+    return fusion.fit_path(X, y.astype(float), off, prep, recipe, fusion.STRENGTHS[recipe])
 
 
 @pytest.mark.parametrize("garbage", [1e6, np.nan, -np.inf])
