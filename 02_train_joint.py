@@ -142,7 +142,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
 
     `average` follows the weights of the model, or is the model itself.
     """
-    device, N = data.y.device.type, len(data.rows)
+    device, N, boxed = data.y.device.type, len(data.rows), model.kind == "blackbox"
     if data.draw is None:
         order = torch.randperm(N)
     else:
@@ -156,18 +156,15 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         x = augment(x) if cfg.augment else x
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
             h = model.features(x)  # [B, 512, 32]
-            if model.kind == "blackbox":
-                logits = model.head(h)
-            else:
-                s = model.scores(model.to_latent(h))  # [B, P]
-                extra = model.auxiliary(h) if model.auxiliary else None  # [B, 71]
-        if model.kind == "blackbox":
-            loss = {"total": bce(logits.to(y), y, data.w)}
+            s = None if boxed else model.scores(model.to_latent(h))  # [B, P]
+            m = model.classify(h) if boxed or cfg.auxiliary else None  # [B, C], or [B, 71]
+        if boxed:
+            loss = {"total": bce(m.to(y), y, data.w)}
         else:
             loss = composite_loss(
                 model.logits(s), s, y, model.p, model.p_class, data.jaccard, cfg.lambdas, data.w)
-            if model.auxiliary:
-                loss["auxiliary"] = bce(extra.to(y), data.all_y[i])
+            if cfg.auxiliary:
+                loss["auxiliary"] = bce(m.to(y), data.all_y[i])
                 loss["total"] = loss["total"] + cfg.auxiliary * loss["auxiliary"]
         optimizer.zero_grad(set_to_none=True)
         loss["total"].backward()  # Eq. (2)
@@ -221,11 +218,12 @@ def make_optimizer(model, cfg, steps):
     return optimizer, lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, 3)
 
 
-def train(name, args, cfg, prep):
-    """Train one model and write its joint.pt; returns the fold-9 macro-AUROC of the epoch kept."""
+def train(meta, args, cfg, prep):
+    """Train the model that `meta` describes and write its joint.pt; returns the fold-9 macro-AUROC
+    of the epoch kept."""
+    name = meta["model"]
     out = args.run / name / "joint.pt"
     last = out.with_name("last.pt")
-    meta = describe(name, args, cfg, prep)
     if done := made_before(out, meta):
         print(f"{name}: {out} is finished, kept", flush=True)
         return done["meta"]["val_auroc"]
@@ -341,17 +339,16 @@ def start(meta, args, cfg, prep):
             sys.exit(f"{path} is of another round or of other settings: run 03_project.py after "
                      "the round before, and give 02 its settings")
         return model
-    scaler = common.Scaler(**prep.info["scaler"]) if cfg.scale_input else None
-    model = common.build(meta, scaler).to(args.device)
+    model = common.build(meta).to(args.device)
+    if cfg.scale_input:
+        for key, values in prep.info["scaler"].items():  # mean, std
+            getattr(model, key).copy_(torch.tensor(values)[:, None])
     if cfg.head == "free":  # at the start the average record has the average labels
         odds = torch.logit(torch.from_numpy(prep.labels[prep.train].mean(0)), 1e-5)  # [71]
         own = odds[columns(meta["classes"])]
-        if name in BOXES:
-            model.head.linear.bias.data.copy_(own)
-        else:
+        model.linear.bias.data.copy_(own if name in BOXES else odds)
+        if name not in BOXES:
             model.head.bias.data.copy_(own)
-        if name not in BOXES and cfg.auxiliary:
-            model.auxiliary.linear.bias.data.copy_(odds)
     if cfg.start == "imagenet" and name not in ONE_DIM:
         load_imagenet(model.backbone, args.imagenet)
     return model
@@ -424,7 +421,8 @@ def main():
         p.error("--round 2 continues prototype models; black boxes have one round")
     prep = common.load_prep(args.prep)
     prep.x = torch.from_numpy(prep.signals).to(args.device)  # 1 GB; on a CPU the file itself
-    best = {name: train(name, args, cfg, prep) for name in names}
+    metas = [describe(name, args, cfg, prep) for name in names]  # exits before any is trained
+    best = {meta["model"]: train(meta, args, cfg, prep) for meta in metas}
     results = ", ".join(f"{name} {auroc:.4f}" for name, auroc in best.items())
     print(f"{args.run}: {results} (fold-9 macro-AUROC)")
 

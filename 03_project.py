@@ -1,12 +1,12 @@
 """Stage 03, projection (paper 3.5, Stage 2, Eq. 8): each prototype becomes a patch of a real ECG.
 
 Of all windows of all training records (folds 1-8) that carry the prototype's label it takes the
-most similar. Prints the gap (mean of 1 - cosine of a prototype and its patch), distinct windows,
-and fold 9 with Stage 1's head, which was fitted before; 04's, that counts, is fitted after.
+most similar; prototypes of one class keep apart. Prints the gap (mean of 1 - cosine of a prototype
+and its patch). What it costs in AUROC is seen in 04, which fits a classifier to either.
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/joint.pt
 writes  RUN/MODEL/projected.pt; prototypes.json: of each prototype class, ecg_id, window, samples,
-        similarity, all labels of the source, three runners-up; prototypes.npy: the ECGs themselves
+        similarity and all labels of the source; prototypes.npy: the ECGs themselves
 
     python 03_project.py                     every prototype model of the run
     python 03_project.py --model rhythm      one of them
@@ -14,72 +14,82 @@ writes  RUN/MODEL/projected.pt; prototypes.json: of each prototype class, ecg_id
 Takes half a minute a branch on 2 CPU cores. Last line:
 `runs/default: projected rhythm, morphology, global`.
 """
-import time
-
 import numpy as np
+import torch
 
 import common
 from common import BOXES, CODES
 
-
-def fold_9_auroc(model, prep, device, prototypes):
-    """Macro-AUROC on fold 9 with Stage 1's head and each of several `prototypes` [P, D, T]."""
-    rows, aurocs = np.flatnonzero(prep.val), []
-    y = prep.labels[rows][:, common.columns(model.classes)]
-    for p in prototypes:
-        model.p.data = p
-        aurocs.append(common.macro_auroc(y, common.batched(model, prep, rows, device)))
-    return aurocs
+APART = 2  # latent steps: nearer windows of a record are one place
 
 
-def describe(model, found, prep):
-    """What prototypes.json says of each prototype, from the places `found` by `project`."""
-    def place(ecg_id, window, cosine):
-        labels = prep.labels[prep.row_of[ecg_id]]
-        return {"ecg_id": ecg_id, "window": window,
-                "samples": common.window_samples(model.kind, window),
-                "similarity": round(cosine, 6), "labels": [c for c, on in zip(CODES, labels) if on]}
+def project(z, carries, ids, p, p_class, unique=False):
+    """Eq. (8): for every prototype the most similar window among records that carry its class.
 
-    return [{"index": j, "class": model.classes[model.p_class[j]], **place(*source),
-             "runners_up": [place(*r) for r in runners_up]}
-            for j, (source, *runners_up) in enumerate(found)]
+    z [N, D, L], carries [N, C] bool, ids [N] ascending, p [P, D, T], p_class [P]. Ties go to the
+    lowest id, then the earliest window. With `unique` no two prototypes of a class take the same
+    place, if it has others: the best match chooses first. Returns the projected p and of each
+    prototype (id, window, cosine).
+    """
+    projected, found = p.clone(), [None] * len(p)
+    for c in p_class.unique().tolist():
+        own = torch.where(p_class == c)[0].tolist()
+        members = np.flatnonzero(carries[:, c])  # Z_j of Eq. (8)
+        # in float64, rounded: in float32 equal windows may differ by a last bit
+        S = torch.cat([common.similarity(z[part].to(p).double(), p[own].double()).float()
+                       for part in np.array_split(members, -(-len(members) // 512))])
+        S = S.transpose(0, 1).cpu().numpy()  # [own, n, windows]
+        free = S.copy()
+        for i in np.argsort(-S.max((1, 2)), kind="stable"):
+            record, window = np.unravel_index(free[i].argmax(), free[i].shape)
+            if unique:
+                free[:, record, max(0, window - APART):window + APART + 1] -= 4
+            j, row = own[i], members[record]
+            projected[j] = z[row, :, window:window + p.shape[2]].to(p)  # Eq. (8)
+            found[j] = int(ids[row]), int(window), float(S[i, record, window])
+    return projected, found
 
 
 def main():
     args = common.parse(common.argument_parser(__doc__, *common.RUN_FLAGS))
     prep = common.load_prep(args.prep)
+    rows = np.flatnonzero(prep.train)
+    rows = rows[np.argsort(prep.ecg_ids[rows], kind="stable")]
     names = [n for n in args.model or common.trained_models(args.run) if n not in BOXES]
     for name in names:
-        began = time.time()
         path = args.run / name / "joint.pt"
         model, meta = common.load_model(path, "02_train_joint.py", args)
-        cfg, p_joint = common.config_of(meta), model.p.data.clone()
-        z, carries, rows = common.training_set(model, prep, args.device)
-        projected, found = common.project(z, carries, prep.ecg_ids[rows], p_joint,
-                                          model.p_class, cfg.unique, runners=3)  # Eq. (8)
-        model.p_patient.copy_(common.own_patients(found, prep, cfg))
-        before, after = fold_9_auroc(model, prep, args.device, [p_joint, projected])
+        cfg, p_joint = common.Config(**meta["config"]), model.p.data.clone()
+        z = common.batched(model.latent, prep, rows, args.device, f"{name}: latents")
+        carries = prep.labels[rows][:, common.columns(model.classes)] > 0
+        projected, found = project(
+            z, carries, prep.ecg_ids[rows], p_joint, model.p_class, cfg.unique)
+        source = [prep.row_of[ecg_id] for ecg_id, _, _ in found]
+        model.p.data = projected
+        if not cfg.own_patient:
+            model.p_patient.copy_(torch.from_numpy(prep.patient_ids[source]))
 
-        prototypes = describe(model, found, prep)
-        x = 1000 * prep.signals[[prep.row_of[q["ecg_id"]] for q in prototypes]]  # uV
+        prototypes = []
+        for j, (ecg_id, window, cosine) in enumerate(found):
+            prototypes.append({
+                "index": j, "class": model.classes[model.p_class[j]], "ecg_id": ecg_id,
+                "window": window, "samples": common.window_samples(model.kind, window),
+                "similarity": round(cosine, 6),
+                "labels": [c for c, on in zip(CODES, prep.labels[source[j]]) if on]})
+        gap = float(np.mean([1 - cosine for _, _, cosine in found]))
         distinct = len({(q["class"], q["ecg_id"], q["window"]) for q in prototypes})
-        records = len({q["ecg_id"] for q in prototypes})
-        gap = float(np.mean([1 - q["similarity"] for q in prototypes]))
-        made = common.provenance(args, (path, meta))
-        x = x.round().clip(-32768, 32767).astype(np.int16)  # [P, 12, 1000]
-        common.save(path.with_name("prototypes.npy"), x)
-        common.save(path.with_name("projected.pt"), {
-            "meta": {**meta, **made}, "p_joint": p_joint.cpu(),
-            "state": {k: v.cpu() for k, v in model.state_dict().items()}})
-        made = common.provenance(args, (path.with_name("projected.pt"), {**meta, **made}))
+        microvolt = (1000 * prep.signals[source]).round().clip(-32768, 32767)  # [P, 12, 1000]
+        common.save(path.with_name("prototypes.npy"), microvolt.astype(np.int16))
+        meta = {**meta, **common.provenance(args, (path, meta))}
+        path = path.with_name("projected.pt")
+        state = {k: v.cpu() for k, v in model.state_dict().items()}
+        common.save(path, {"meta": meta, "p_joint": p_joint.cpu(), "state": state})
         common.save(path.with_name("prototypes.json"), {
-            **made, "model": name, "kind": model.kind, "a": model.a, "top_k": model.top_k,
-            "gap": gap, "distinct": distinct, "records": records, "val_auroc_before": before,
-            "val_auroc_after": after, "descriptions": prep.info["descriptions"],
+            **common.provenance(args, (path, meta)), "model": name, "kind": model.kind,
+            "gap": gap, "distinct": distinct, "descriptions": prep.info["descriptions"],
             "data": prep.info["data"], "prototypes": prototypes})
         print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {distinct} distinct "
-              f"windows of {records} records  fold 9 {before:.4f} -> {after:.4f}  "
-              f"{time.time() - began:.1f} s", flush=True)
+              f"windows of {len(set(source))} records", flush=True)
         if meta["round"] < cfg.rounds:
             again = f"02_train_joint.py --round {meta['round'] + 1}"
             print(f"the recipe has {cfg.rounds} rounds: next {again} with the flags of round 1")

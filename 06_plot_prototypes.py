@@ -7,49 +7,43 @@ same patient.
 
 reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
         RUN/MODEL/projected.pt, prototypes.json, prototypes.npy; PREP for --case alone
-writes  RUN/figures/gallery.html, MODEL/*.png; RUN/cases/NAME.pdf, a page for each label, the same
-        as NAME/*.png, and NAME.json with all that they show; RUN/review.html
+writes  RUN/figures/gallery.html; RUN/cases/NAME.html, a page a label when printed, and NAME.json
+        with all that it shows, records.csv; RUN/review.html
 
     python 06_plot_prototypes.py                   the gallery of all prototypes
     python 06_plot_prototypes.py --case 449        why is this said of this ECG of PTB-XL?
     python 06_plot_prototypes.py --record my/ecg   the same for your own WFDB record (my/ecg.hea)
+    python 06_plot_prototypes.py --record my/*     for many: cases/records.csv; pages with --pages
     python 06_plot_prototypes.py --review          one HTML file to rate prototypes (Appendix C)
 
-Takes a minute for 355 prototypes on 2 CPU cores, a second for each page of a case.
-Last line: `runs/default: 355 of 355 prototypes -> runs/default/figures/gallery.html`.
+Takes some seconds on 2 CPU cores.
+Last line: `runs/default: 355 prototypes -> runs/default/figures/gallery.html`.
 """
-import html
-import io
+import hashlib
 import json
 import os
 import re
 import sys
 import textwrap
+from html import escape
+from pathlib import Path
 
-import matplotlib
 import numpy as np
+import pandas as pd
 import torch
-from joblib import Parallel, delayed
-from matplotlib.backends.backend_pdf import PdfPages
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
-from PIL import Image
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
 import common
 from common import BOXES, CODES, LEADS, RATE, SAMPLES
 
-matplotlib.rcParams["text.parse_math"] = False  # "$" in a text is a "$"
 NAMES = [lead.replace("AV", "aV") for lead in LEADS]
 ROWS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]  # of leads, on clinical paper
 STEP = 25 / RATE  # mm a sample, at 25 mm/s
 LEFT, WIDTH = 15, 270  # mm: where traces begin, and the paper's width
 PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
 MARGIN = 13.5  # mm, of a sheet
-DPI = 127  # 5 pixels a mm: grid lines fall on whole pixels
-POINT = 72 / 25.4  # points a mm, for letters and line widths
+BLUE, ORANGE, GREY = "#0b4f8a", "#d55e00", "#888888"
 
 
 # ---- Layout: a scene is what lies where, in mm from the upper left corner of its paper
@@ -67,7 +61,7 @@ def paper(rows, w, h, step, columns, text):
         if (zero >= gain * most).all() and (zero - gain * least <= h).all():
             break
     note = "10 mm/mV" if gain == 10 else "HALF GAIN: 5 mm/mV"
-    traces, texts = [], [(LEFT, h - 1.5, 3.5, f"{text}   {note}")]
+    traces, texts = [], [(LEFT, h - 1.5, 3.5, f"{text}, {note}")]
     for row, y0 in zip(rows, zero):
         traces.append((LEFT - 29 * step, step, y0 - gain * PULSE))
         for column, (lead, signal) in enumerate(row):
@@ -82,7 +76,7 @@ def whole(x, kind, windows=()):
     the partial one the first of `windows` [(first, end)], while the others are outlined."""
     rows = [[(lead, x[lead, 250 * i:250 * i + 250]) for i, lead in enumerate(row)] for row in ROWS]
     rows.append([(1, x[1])])
-    scene = paper(rows, WIDTH, 106, STEP, 62.5, "25 mm/s   high-pass 0.5 Hz")
+    scene = paper(rows, WIDTH, 106, STEP, 62.5, "25 mm/s, high-pass 0.5 Hz")
     if kind == "1d":
         top = min(y.min() for _, _, y in scene["traces"][-2:]) - 2
         scene["boxes"].append((LEFT - 1, top, 252, 100 - top, True))
@@ -97,100 +91,103 @@ def cut_out(x, window):
     """The scene of a window (first, end) of x [12, 1000] mV, all leads."""
     first, end = window
     rows = [[(lead, x[lead, first:end]) for lead in row] for row in ROWS]
-    return paper(rows, 134, 74, STEP, 29, f"{first / RATE:.2f} to {end / RATE:.2f} s   25 mm/s")
+    return paper(rows, 134, 74, STEP, 29, f"{first / RATE:.2f} to {end / RATE:.2f} s, 25 mm/s")
 
 
-# ---- Drawing
+# ---- Drawing: SVG in mm
 
-def draw(ax, scene, left, top):
-    """A scene on a sheet, its upper left corner at (left, top) mm."""
-    w, h = scene["w"], scene["h"]
+def svg(w, h, shapes):
+    """A picture of its true size."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}mm" '
+            f'height="{h}mm" fill="none" font-family="sans-serif">{"".join(shapes)}</svg>\n')
+
+
+def letters(x, y, mm, text, style=""):
+    """Text from (x, y) on, in letters of so many mm, with a halo."""
+    return (f'<text x="{x:.2f}" y="{y:.2f}" font-size="{mm}" fill="#000" stroke="#fff" '
+            f'stroke-width="0.7" paint-order="stroke"{style}>{escape(text)}</text>')
+
+
+def rectangle(x, y, w, h, style):
+    """A box with its upper left corner at (x, y)."""
+    return f'<rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" {style}/>'
+
+
+def draw(scene, left=0, top=0):
+    """A scene, its upper left corner at (left, top)."""
+    w, h, shapes = scene["w"], scene["h"], [f'<g transform="translate({left} {top})">']
     for step, colour, mm in ((1, "#f9dcdc", 0.1), (5, "#eeb0b0", 0.2)):
-        style = {"color": colour, "linewidth": mm * POINT, "zorder": 0}
-        ax.vlines(left + np.arange(0, w + 1, step), top, top + h, **style)
-        ax.hlines(top + np.arange(0, h + 1, step), left, left + w, **style)
-    for x, y, width, height, filled in scene["boxes"]:
-        style = {"fc": ("#56b4e9", 0.22 * filled), "ec": "#0b4f8a", "lw": 0.3 * POINT}
-        ax.add_patch(Rectangle((left + x, top + y), width, height, **style))
-    for x, step, y in scene["traces"]:
-        x = left + x + step * np.arange(len(y))
-        ax.plot(x, top + y, color="black", linewidth=0.3 * POINT)
-    halo = [withStroke(linewidth=0.7 * POINT, foreground="white")]
-    for x, y, mm, text in scene["texts"]:
-        ax.text(left + x, top + y, text, fontsize=mm * POINT, path_effects=halo)
+        d = "".join(f"M{x} 0V{h}" for x in range(0, w + 1, step))
+        d += "".join(f"M0 {y}H{w}" for y in range(0, h + 1, step))
+        shapes.append(f'<path d="{d}" stroke="{colour}" stroke-width="{mm}"/>')
+    for *box, filled in scene["boxes"]:
+        style = f'fill="#56b4e9" fill-opacity="{0.22 * filled}" stroke="{BLUE}" stroke-width="0.3"'
+        shapes.append(rectangle(*box, style))
+    for x, step, y in scene["traces"]:  # in twentieths of a mm, from point to point
+        first, *changes = np.diff(np.round(20 * y), prepend=0).astype(int).tolist()
+        points = " ".join(f"{20 * step:.0f} {change}" for change in changes)
+        style = 'transform="scale(.05)" stroke="#000" stroke-width="6"'
+        shapes.append(f'<path d="M{20 * x:.0f} {first}l{points}" {style}/>')
+    shapes += [letters(*text) for text in scene["texts"]]
+    return "".join(shapes) + "</g>"
 
 
-def save_sheet(path, title, text, items, pdf=None):
-    """Write a sheet to a PNG of true size, and to a PDF: title, text, then from top to bottom
-    `items`: rows of scenes, lines of text, or lists of bars (what, value, more)."""
-    text = textwrap.fill(text, 155)
-    top, width = 19 + 5 * len(text.splitlines()), WIDTH + 27
-    heights = []
-    for item in items:
-        if isinstance(item, str):
-            heights.append(7 + 5 * item.count("\n"))
-        else:
-            heights.append(3 + (item[0]["h"] if isinstance(item[0], dict) else 5.5 * len(item)))
-    height = top + sum(heights) + 4
-    fig = Figure((width / 25.4, height / 25.4), DPI)
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
-    ax.set_axis_off()
-    ax.text(MARGIN, 10, title, fontsize=5 * POINT, weight="bold")
-    ax.text(MARGIN, 14, text, fontsize=3.5 * POINT, va="top", linespacing=1.3)
-    for item, h in zip(items, heights):
-        if isinstance(item, str):
-            heading, _, more = item.partition("\n")
-            ax.text(MARGIN, top + 5, heading, fontsize=4 * POINT, weight="bold")
-            ax.text(MARGIN, top + 10, more, fontsize=3.5 * POINT)
-        elif isinstance(item[0], dict):
-            for left, scene in zip((MARGIN, MARGIN + WIDTH - item[-1]["w"]), item):
-                draw(ax, scene, left, top)
-        else:
-            draw_bars(ax, item, top)
-        top += h
-    pixels, content = io.BytesIO(), io.BytesIO()
-    fig.savefig(pixels, format="rgba")
-    image = Image.frombytes("RGBA", fig.canvas.get_width_height(), pixels.getvalue())
-    small = image.convert("RGB").quantize(64, method=Image.Quantize.FASTOCTREE, dither=0)
-    small.save(content, "PNG", dpi=(DPI, DPI))
-    common.save(path, content.getvalue())
-    if pdf:
-        pdf.savefig(fig)
-
-
-def draw_bars(ax, bars, top):
+def draw_bars(bars, top):
     """Bars (what, value, more), a line each, to scale, from a common zero."""
-    values = np.array([value for _, value, _ in bars])
-    most, least = max(values.max(), 0), min(values.min(), 0)
+    values, shapes = [value for _, value, _ in bars], []
+    most, least = max(*values, 0), min(*values, 0)
     mm = 70 / (most - least)
     zero = 80 - mm * least
     for i, (what, value, more) in enumerate(bars):
         y = top + 5.5 * i + 2.5
-        colour = "#0b4f8a" if value > 0 else "#d55e00"
+        colour = BLUE if value > 0 else ORANGE
         if i in (0, len(bars) - 1):  # where the sum begins, and itself
-            colour = "#888888"
-        ax.add_patch(Rectangle((zero, y - 1.8), mm * value, 3.6, color=colour))
-        ax.text(MARGIN, y, what, fontsize=3.5 * POINT, va="center")
-        ax.text(78, y, f"{value:+.2f}", fontsize=3.5 * POINT, va="center", ha="right")
-        ax.text(154, y, more, fontsize=3.5 * POINT, va="center")
+            colour = GREY
+        x = zero + mm * min(value, 0)
+        shapes += [rectangle(x, y - 1.8, mm * abs(value), 3.6, f'fill="{colour}"'),
+                   letters(MARGIN, y + 1.2, 3.5, what), letters(154, y + 1.2, 3.5, more),
+                   letters(78, y + 1.2, 3.5, f"{value:+.2f}", ' text-anchor="end"')]
+    return "".join(shapes)
+
+
+def sheet(title, text, items):
+    """A page as SVG: title, text, then from top to bottom `items`: rows of scenes, lines of text
+    of which the first is a heading, or lists of bars (what, value, more)."""
+    bold, lines = ' font-weight="bold"', textwrap.wrap(text, 145)
+    shapes = [letters(MARGIN, 10, 5, title, bold)]
+    shapes += [letters(MARGIN, 17 + 5 * i, 3.5, line) for i, line in enumerate(lines)]
+    y = 19 + 5 * len(lines)
+    for item in items:
+        if isinstance(item, str):
+            heading, *more = item.splitlines()
+            shapes.append(letters(MARGIN, y + 5, 4, heading, bold))
+            shapes += [letters(MARGIN, y + 10, 3.5, line) for line in more]
+            y += 7 + 5 * len(more)
+        elif isinstance(item[0], dict):
+            for left, scene in zip((MARGIN, MARGIN + WIDTH - item[-1]["w"]), item):
+                shapes.append(draw(scene, left, y))
+            y += 3 + item[0]["h"]
+        else:
+            shapes.append(draw_bars(item, y))
+            y += 3 + 5.5 * len(item)
+    return svg(WIDTH + 2 * MARGIN, y + 4, shapes)
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"><style>
+body { font: 16px/1.4 sans-serif; margin: 8px }
+"""
 
 
 # ---- Gallery
 
-def source_mark(q):
-    """What stands first wherever a prototype is shown: nothing, if it is an ECG of PTB-XL."""
-    return "" if q["data"] == "PTB-XL v1.0.3" else f"{q['data']}: "
-
-
-def scenes_of(q):
-    """A prototype as scenes: the whole ECG, and of the partial kind its window."""
+def pictures_of(q):
+    """A prototype as SVG: the whole ECG, and of the partial kind its window."""
     scenes = [whole(q["x"], q["kind"], [q["samples"]])]
-    return scenes + [cut_out(q["x"], q["samples"])] if q["kind"] == "partial" else scenes
-
-
-def file_name(text):
-    """Text as part of a file name: LAO/LAE -> LAO-LAE."""
-    return re.sub(r"\W+", "-", text).strip("-")
+    if q["kind"] == "partial":
+        scenes.append(cut_out(q["x"], q["samples"]))
+    return "".join(svg(scene["w"], scene["h"], [draw(scene)]) for scene in scenes)
 
 
 def source(q):
@@ -199,37 +196,25 @@ def source(q):
     return text.format(*np.divide(q["samples"], RATE), **q)
 
 
-def gallery(args, prototypes, words):
-    """Pictures of all prototypes, and gallery.html with a section for each label of a model."""
-    sections, jobs, body = {}, [], ""
-    for q in prototypes:
-        sections.setdefault((q["class"], q["model"]), []).append(q)
-    for (code, model), section in sections.items():
-        shown = section[:3] if args.demo else section
-        heading = f"{words[code]}, {model}: {len(shown)} of {len(section)} shown"
-        body += f"<details><summary>{html.escape(heading)}</summary>"
-        for q in shown:
-            file = f"{model}/{file_name(code)}_{q['index']:04d}.png"
-            about = f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}"
-            scenes = [[scene] for scene in scenes_of(q)]
-            title = source_mark(q) + words[code]
-            jobs.append(delayed(save_sheet)(args.run / "figures" / file, title, about, scenes))
-            body += f'<figure><a href="{file}"><img src="{file}" loading="lazy" alt=""></a>'
-            body += f"<figcaption>{html.escape(about)}</figcaption></figure>"
-        body += "</details>"
-    parallel = Parallel(args.threads or os.cpu_count(), return_as="generator")
-    list(tqdm(parallel(jobs), "pictures", len(jobs), disable=None))
+def gallery(args, prototypes, words, mark):
+    """Write gallery.html: pictures of all prototypes, a section for each label of a model."""
+    sections = {}
+    for q in tqdm(prototypes, "pictures", disable=None):
+        about = f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}"
+        figure = f"<figure>{pictures_of(q)}<figcaption>{escape(about)}</figcaption></figure>"
+        sections.setdefault(f"{words[q['class']]}, {q['model']}", []).append(figure)
     path = args.run / "figures/gallery.html"
-    title = f"{source_mark(q)}{args.run}: {len(jobs):,} of {len(prototypes):,} prototypes"
-    text = GALLERY.replace("TITLE", html.escape(title)) + body
+    title = f"{mark}{args.run}: {len(prototypes):,} prototypes"
+    text = (PAGE + GALLERY).replace("TITLE", escape(title))
+    for heading, figures in sections.items():
+        text += f"<details><summary>{escape(heading)}: {len(figures)}</summary>"
+        text += "".join(figures) + "</details>"
     common.save(path, text.replace("<details>", "<details open>", 1))
     print(f"{title} -> {path}")
 
 
-GALLERY = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title><style>
-body { font: 16px/1.4 sans-serif; margin: 1rem 2rem }
-figure { display: inline-block; vertical-align: top; width: 300px; margin: 8px }
-img { border: 1px solid #bbb; width: 100% }
+GALLERY = """figure { display: inline-block; vertical-align: top; width: 600px; margin: 8px }
+svg { border: 1px solid #bbb; width: 100%; height: auto }
 </style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with which the
 model compares new ECGs. Below it are its source and all its labels. Not for clinical use.</p>
 """
@@ -237,30 +222,45 @@ model compares new ECGs. Below it are its source and all its labels. Not for cli
 
 # ---- Explanations (4.5)
 
-def read_wfdb(path):
-    """The first 10 s of a WFDB record -> x [12, 1000] mV at 100 Hz, our leads, filtered as 01's."""
+def read_wfdb(path, start=0.0):
+    """10 s of a WFDB record from second `start` on -> x [12, 1000] mV at 100 Hz, our leads,
+    filtered as 01's, and notes on what is odd in it."""
     import wfdb  # slow to import
     try:
         header = wfdb.rdheader(path)
-        fs, length = header.fs, header.sig_len
-        record = wfdb.rdrecord(path, sampto=min(length, int(np.ceil(10 * fs))))
+        fs, length, first = header.fs, header.sig_len, round(start * header.fs)
+        end = length and min(length, first + int(np.ceil(10 * fs)))  # None: not in the header
+        record = wfdb.rdrecord(path, sampfrom=first, sampto=end)
+        text = Path(f"{path}.hea").read_text("latin-1")
+        no_gain = re.search(r"^\S+ \S+ 0(\.0+)?[(/ ]", text, re.MULTILINE)
     except Exception as e:  # wfdb raises many kinds on a damaged file
-        reason = str(e).split("\n")[0][:80]
-        sys.exit(f"{path} is not a readable WFDB record ({type(e).__name__}: {reason})")
-    if length < 10 * fs:
-        sys.exit(f"{path} is {length / fs:.1f} s long: the model needs 10 s")
-    names = [name.strip().upper() for name in record.sig_name]
+        reason = str(e).splitlines()[0] if str(e) else ""
+        sys.exit(f"{path} is not a record that wfdb can read ({type(e).__name__}: {reason}): its "
+                 ".hea is text, where dates, and dots and spaces in names, can be mended")
+    seconds = len(record.p_signal) / fs
+    if seconds < 9.98:
+        sys.exit(f"{path} has {seconds:.3f} s from {start:g} s on: the model needs 10 s")
+    names = [str(name).strip().upper() for name in record.sig_name]
     x, millivolt = [], {"mv": 1, "uv": 1e-3, "v": 1e3}
     for lead in LEADS:
         if names.count(lead) != 1:
             sys.exit(f"{path} must hold each of the 12 leads once, not so {lead}")
         i = names.index(lead)
-        x.append(record.p_signal[:, i] * millivolt.get(record.units[i].lower(), np.nan))
+        unit = str(record.units[i] or "mV")
+        x.append(record.p_signal[:int(np.ceil(10 * fs)), i] * millivolt.get(unit.lower(), np.nan))
         if not np.all(np.abs(x[-1] - np.median(x[-1])) < 50):
-            sys.exit(f"{path} cannot be used: lead {lead}, in {record.units[i]}, has missing "
-                     "samples, exceeds 50 mV or its units are none of mV, uV, V")
-    x = resample_poly(x, 1000 * RATE, round(1000 * fs), axis=1, padtype="line")
-    return common.highpass(x[:, :SAMPLES]).astype(np.float32)
+            sys.exit(f"{path} cannot be used: lead {lead}, in {unit}, has missing samples (try "
+                     "--start), exceeds 50 mV or its unit is none of mV, uV, V")
+    x = resample_poly(x, 1000 * RATE, round(1000 * fs), axis=1, padtype="line")[:, :SAMPLES]
+    height = np.ptp(x, axis=1)
+    if height.max() < 0.1:
+        sys.exit(f"{path} is flat, or its gain or unit is wrong: no lead is 0.1 mV high")
+    flat = ", ".join(name for name, mv in zip(NAMES, height) if mv < 0.01)
+    notes = [f"Flat leads: {flat}."] if flat else []
+    if no_gain:
+        notes.append("Not calibrated: with a gain of 0, 200 units are taken for 1 mV.")
+    x = np.pad(x, ((0, 0), (0, SAMPLES - x.shape[1])), "edge")  # the last 0.02 s may miss
+    return common.highpass(x).astype(np.float32), notes
 
 
 @torch.no_grad()
@@ -274,7 +274,7 @@ def matched_windows(head, q, x):
 
 
 def bars_of(r):
-    """Lines of draw_bars for a label's pieces of evidence: all but a rest of under 5 %."""
+    """Bars for a label's pieces of evidence: all but a rest of under 5 %."""
     sizes = [abs(piece["contribution"]) for piece in r["pieces"]]
     most = 1 + int(np.searchsorted(np.cumsum(sizes), 0.95 * sum(sizes)))
     bars = []
@@ -295,9 +295,10 @@ def page(case, x, r, head, top, words):
     """Title, text and items of the sheet that explains what is said of label r to ECG x."""
     verdict = "predicted" if r["predicted"] else "not predicted"
     known = "; ".join(words[c] for c in case["true_labels"] or []) or "not known"
-    text = (f"Probability {shown(r['probability'])}, predicted from {shown(r['threshold'])} on, by "
-            f"the {r['classifier']} classifier. True labels: {known}. "
-            "For research, not for clinical use.")
+    text = " ".join([
+        f"Probability {shown(r['probability'])}, predicted from {shown(r['threshold'])} on, by the "
+        f"{r['classifier']} classifier. True labels: {known}.", *case["notes"],
+        "For research, not for clinical use."])
     by_id = {(q["model"], q["index"]): q for q in head.prototypes}
     pairs, first = [], None
     speaking = [q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"]]
@@ -327,25 +328,20 @@ def shown(p):
     return "> 0.999" if p > 0.5 else "< 0.001"
 
 
-def explain_case(args, heads, words, x, title, labels=None, ecg_id=None, record=None, patient=None):
-    """Write a case: a PDF, its pages as PNG, and JSON."""
-    case = {"title": title, "true_labels": labels, "ecg_id": ecg_id, "record": record}
-    results = common.explain(heads, x, patient)
+def write_case(args, heads, words, x, case, results):
+    """Write NAME.html, a page to print for each label that is predicted or asked for, and JSON."""
     explained = [r for r in results if r["predicted"]] or results[:1]
     if args.label:
         known = {r["label"]: r for r in results}
         for code in set(args.label) - set(known):
             sys.exit(f"{args.run} has no label {code}, but {', '.join(sorted(known))}")
         explained = [known[code] for code in args.label]
-    name = str(ecg_id or file_name(title))
-    path, content = args.run / "cases" / f"{name}.pdf", io.BytesIO()
+    path = args.run / "cases" / f"{case['name']}.html"
+    text = (PAGE + CASE).replace("TITLE", escape(case["title"]))
     by_name = {head.name: head for head in heads}
-    with PdfPages(content) as pdf:
-        for r in tqdm(explained, "labels", disable=None):
-            r["page"] = f"{name}/{r['classifier']}_{file_name(r['label'])}.png"
-            sheet = page(case, x, r, by_name[r["classifier"]], args.top, words)
-            save_sheet(path.parent / r["page"], *sheet, pdf)
-    common.save(path, content.getvalue())
+    for r in explained:
+        text += sheet(*page(case, x, r, by_name[r["classifier"]], args.top, words))
+    common.save(path, text)
     inputs = [(args.run / f"classifiers/{head.name}.pt", vars(head)) for head in heads]
     keys = "label", "probability", "threshold", "predicted", "logit"
     common.save(path.with_suffix(".json"), {
@@ -353,37 +349,69 @@ def explain_case(args, heads, words, x, title, labels=None, ecg_id=None, record=
         "labels": [{key: r[key] for key in keys} for r in results],
         "descriptions": heads[0].descriptions})
     said = [f"{words[r['label']]} {shown(r['probability'])}" for r in explained]
-    print(f"{args.run}: {title}: {', '.join(said)} -> {path}")
+    print(" ".join([f"{args.run}: {case['title']}: {', '.join(said)} -> {path}", *case["notes"]]))
+
+
+def explain_records(args, heads, words):
+    """Explain own WFDB records: pages and records.csv; ends with those that cannot be used."""
+    paths = dict.fromkeys(re.sub(r"\.(hea|dat|mat)$", "", path) for path in args.record)
+    prototypes = [q for head in heads for q in head.prototypes]
+    rows, failed = [], []
+    for path in tqdm(paths, "records", disable=None):
+        try:
+            x, notes = read_wfdb(path, args.start)
+        except SystemExit as e:
+            failed.append(str(e))
+            continue
+        patient = None
+        for q in prototypes:  # PTB-XL's ECGs are in other data sets too, at other rates
+            if patient is None and np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.95:
+                patient = q["patient"]
+                notes.append(f"This is training ECG {q['ecg_id']}: prototypes of its patient do "
+                             "not count.")
+        results = common.explain(heads, x, patient)
+        for r in results:
+            pieces = [f"{q['class']} {q['contribution']:+.2f}" for q in r["pieces"][:3]]
+            rows.append({"record": path, "label": r["label"], "probability": r["probability"],
+                         "threshold": r["threshold"], "predicted": int(r["predicted"]),
+                         "pieces": "; ".join(pieces), "notes": " ".join(notes)})
+        if len(paths) == 1 or args.pages:
+            digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:6]
+            name = re.sub(r"\W+", "-", Path(path).name).strip("-")
+            write_case(args, heads, words, x, {
+                "name": f"record-{name}-{digest}", "title": f"{heads[0].mark}record {path[-70:]}",
+                "true_labels": None, "ecg_id": None, "record": path, "notes": notes}, results)
+    table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6f")
+    common.save(args.run / "cases/records.csv", table)
+    if failed:
+        sys.exit("\n".join(failed))
+    print(f"{args.run}: {len(paths)} records -> {args.run}/cases/records.csv")
+
+
+CASE = """@page { size: A4; margin: 0 }
+svg { display: block; max-width: 100%; max-height: 296mm; height: auto; break-after: page }
+@media print { body { margin: 0 } }
+</style>
+"""
 
 
 # ---- Review page (3.6, Appendix C)
 
 def review(args, heads, prototypes, words):
-    """Write review.html: prototypes as scenes, known by class alone, and how to rate them."""
-    items = []
-    for q in tqdm(prototypes, "review page", disable=None):
-        scenes = scenes_of(q)
-        for traces in [scene["traces"] for scene in scenes]:
-            for i, (x, step, y) in enumerate(traces):
-                changes = np.diff(np.round(20 * y), prepend=0)  # short in JSON
-                traces[i] = x, step, changes.astype(int).tolist()
-        items.append({"id": f"{q['model']}/{q['index']}", "class": q["class"], "scenes": scenes})
+    """Write review.html: prototypes, known by class alone, and how to rate them."""
+    items = [{"id": f"{q['model']}/{q['index']}", "class": q["class"], "picture": pictures_of(q)}
+             for q in tqdm(prototypes, "review page", disable=None)]
     made = [head.made_from[f"{model}/projected.pt"] for head in heads for model in head.branches]
     data = {"run": str(args.run), "made": made, "words": words, "items": items}
     data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # ends no script
-    common.save(args.run / "review.html", REVIEW.replace("DATA", data))
+    page = (PAGE + REVIEW).replace("TITLE", "Prototype review").replace("DATA", data)
+    common.save(args.run / "review.html", page)
     print(f"{args.run}: {len(items):,} prototypes -> {args.run / 'review.html'}")
 
 
-REVIEW = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Prototype review</title>
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"><style>
-body { display: flex; flex-wrap: wrap; gap: 8px; margin: 8px; font: 16px/1.4 sans-serif }
+REVIEW = r"""body { display: flex; flex-wrap: wrap; gap: 8px }
 #paper { flex: 1 680px } #panel { flex: 1 250px; max-width: 400px }
-svg { width: min(100%, 150vh - 120px); border: 1px solid #d98c8c }
-text { white-space: pre; paint-order: stroke; stroke: #fff; stroke-width: 0.7 }
-polyline { fill: none; stroke: #000; stroke-width: 0.3 }
-rect { fill: #56b4e944; stroke: #0b4f8a; stroke-width: 0.5 }
+svg { width: min(100%, 150vh - 120px); height: auto; border: 1px solid #d98c8c }
 button, select { font: inherit; min-height: 44px; min-width: 44px; max-width: 300px }
 [aria-pressed=true] { background: #0b4f8a; color: #fff }</style>
 <header style="width: 100%"><select id="class"></select> <button id="previous">&#9664;</button>
@@ -408,27 +436,10 @@ const empty = {representativeness: null, clarity: null, mark: null, comment: ""}
 let ratings = JSON.parse(localStorage.getItem(key)) ?? {}, at = 0;  // at: the item on view
 
 function make(parent, tag, attributes, text = "") {  // text never meets the HTML parser
-  const ns = tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI;
-  const e = parent.appendChild(document.createElementNS(ns, tag));
+  const e = parent.appendChild(document.createElement(tag));
   for (const name in attributes) e.setAttribute(name, attributes[name]);
   e.textContent = text;
   return e;
-}
-function draw({w, h, boxes, traces, texts}) {
-  const svg = make($("paper"), "svg", {viewBox: `0 0 ${w} ${h}`});
-  for (const [step, stroke, width] of [[1, "#f9dcdc", 0.1], [5, "#eeb0b0", 0.2]]) {
-    let d = "";
-    for (let x = 0; x <= w; x += step) d += `M${x} 0V${h}`;
-    for (let y = 0; y <= h; y += step) d += `M0 ${y}H${w}`;
-    make(svg, "path", {d, stroke, "stroke-width": width});
-  }
-  for (const [x, y, width, height] of boxes) make(svg, "rect", {x, y, width, height});
-  for (const [x, step, changes] of traces) {
-    let y = 0;
-    const points = changes.map((change, i) => [x + i * step, (y += change) / 20]);
-    make(svg, "polyline", {points: points.join(" ")});
-  }
-  for (const [x, y, size, text] of texts) make(svg, "text", {x, y, "font-size": size}, text);
 }
 const rating = q => ratings[q.id] ?? {class: q.class, ...empty};
 function done(q) {
@@ -452,8 +463,7 @@ function show() {  // all but the picture
 }
 function go(i) {
   at = (i + items.length) % items.length;
-  $("paper").replaceChildren();
-  items[at].scenes.forEach(draw);
+  $("paper").innerHTML = items[at].picture;  // in which all text is escaped
   show();
 }
 const jump = wanted => wanted && go(items.indexOf(wanted));
@@ -504,9 +514,11 @@ def main():
     p = common.argument_parser(__doc__, *common.RUN_FLAGS)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--case", type=int, nargs="+", metavar="ECG_ID", help="explain these ECGs")
-    what.add_argument("--record", metavar="PATH", help="explain your own WFDB record")
+    what.add_argument("--record", nargs="+", metavar="PATH", help="explain your own WFDB records")
     what.add_argument("--review", action="store_true", help="write the page for clinicians")
     p.add_argument("--label", nargs="+", metavar="CODE", help="explain these, predicted or not")
+    p.add_argument("--start", type=float, default=0, metavar="S", help="second of a long --record")
+    p.add_argument("--pages", action="store_true", help="a page for each of several records too")
     p.add_argument("--top", type=int, default=2, metavar="N", help="pieces to show (default 2)")
     args = common.parse(p)
     if args.top < 1 or set(args.model or ()) & set(BOXES):
@@ -517,11 +529,8 @@ def main():
     prototypes.sort(key=lambda q: CODES.index(q["class"]))
     if args.review:
         return review(args, heads, prototypes, words)
-    mark = source_mark(prototypes[0])
     if args.record:
-        path = args.record.removesuffix(".hea")
-        title = f"{mark}record " + "/".join(os.path.abspath(path).split(os.sep)[-2:])
-        return explain_case(args, heads, words, read_wfdb(path), title, record=path)
+        return explain_records(args, heads, words)
     if args.case or args.demo:
         prep = common.load_prep(args.prep)
         classifier = args.run / f"classifiers/{heads[0].name}.pt"
@@ -532,11 +541,12 @@ def main():
                 sys.exit(f"{args.prep} has no ECG {ecg_id}")
             part = ["training", "validation", "test"][max(0, prep.folds[row] - 8)]
             labels = [c for c, on in zip(CODES, prep.labels[row]) if on]
-            title = f"{mark}{part} ECG {ecg_id}"
-            explain_case(args, heads, words, prep.signals[row], title, labels, ecg_id,
-                         patient=prep.patient_ids[row])
+            results = common.explain(heads, prep.signals[row], prep.patient_ids[row])
+            write_case(args, heads, words, prep.signals[row], {
+                "name": str(ecg_id), "title": f"{heads[0].mark}{part} ECG {ecg_id}", "notes": [],
+                "true_labels": labels, "ecg_id": ecg_id, "record": None}, results)
     if not args.case:
-        gallery(args, prototypes, words)
+        gallery(args, prototypes, words, heads[0].mark)
 
 
 if __name__ == "__main__":

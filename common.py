@@ -1,5 +1,5 @@
 """What two or more stages share, in the order of the paper: labels (3.1), settings (Appendix E),
-model and Eq. (1) (3.3), projection (3.5), AUROC; then finished runs, flags and files.
+model and Eq. (1) (3.3), AUROC; then finished runs, flags and files.
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities,
 W [C, P] weights, y [B, C] labels.
@@ -97,8 +97,7 @@ class Config:
     lambda_sep: float = 0.004    # ours
     lambda_div: float = 0.1      # ours
     lambda_cntrst: float = 0.1   # ours
-    auxiliary: float = 1.0       # ours: weight of the BCE of a black box's head for all 71 labels
-                                 # on the same backbone, unused after training; paper: 0
+    auxiliary: float = 1.0       # ours: weight of a black box's BCE on the same backbone; paper: 0
     class_weights: bool = False  # w of Eq. (3): (N - n) / n; ours: 1
     sampler: str = "shuffle"     # or weighted: by the inverse frequency of a record's labels
     # Stage 1 (3.5, Appendix E)
@@ -141,11 +140,10 @@ torch.backends.cudnn.allow_tf32 = False  # projection compares cosines near 1
 
 
 class Conv(nn.Conv1d):
-    """A 1D convolution of records on the height axis, [1, C, B, L].
+    """A 1D convolution of records that lie on the height axis of one image, [1, C, B, L].
 
-    As an image it can have channels last, which saves a CPU a quarter of the time, and one high
-    image finds a wide kernel's gradient in half the time that B low ones take. In that gradient
-    oneDNN multiplies memory that it never wrote by zero: NaN, where a NaN lay there.
+    So a CPU takes half the time. In the gradient oneDNN multiplies memory that it never wrote by
+    zero: NaN, where a NaN lay there.
     """
 
     def forward(self, x):
@@ -179,8 +177,7 @@ class ResNet18(nn.Module):
     """The paper's ResNet1D-18 and its ResNet2D-18: x [B, 12, 1000] -> h [B, 8 * width, 32].
 
     The 2D network begins with a 12 x 7 kernel on 1 x 12 x 1000. From there on the lead axis has
-    height 1, and of every 3 x 3 kernel only the middle row meets data: it is this network, at three
-    times the arithmetic (tests/test_common.py). Width 64 has 3,848,832 parameters.
+    height 1, and of a 3 x 3 kernel only the middle row meets data (tests/test_common.py).
     """
 
     def __init__(self, width=64, dropout=0.0):
@@ -232,68 +229,44 @@ def pool_over_time(h, how):
     return mean if how == "mean" else torch.cat([mean, h.amax(2, keepdim=True)], 1)
 
 
-class Scaler(nn.Module):
-    """StandardScaler per lead as part of the model: (x - mean) / std; by default the identity."""
+class BlackBox(nn.Module):
+    """The baselines of 4.3: backbone, pooling over time and a linear layer."""
 
-    def __init__(self, mean=(0.0,) * 12, std=(1.0,) * 12):
+    def __init__(self, classes, cfg):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).float().view(12, 1))
-        self.register_buffer("std", torch.tensor(std).float().view(12, 1))
-
-    def forward(self, x):
-        return (x - self.mean) / self.std
-
-
-class PooledHead(nn.Module):
-    """A linear layer on backbone features pooled over time: h [B, 512, 32] -> logits [B, C]."""
-
-    def __init__(self, channels, labels, pool):
-        super().__init__()
-        both = pool == "meanmax"
-        self.pool = pool
-        self.dropout = nn.Dropout(0.5 if both else 0.0)
-        self.linear = nn.Linear(channels * (1 + both), labels)
-
-    def forward(self, h):
-        return self.linear(self.dropout(pool_over_time(h, self.pool).squeeze(2)))
-
-
-class Network(nn.Module):
-    """What black boxes and prototype models begin with: scaling of the leads, and a backbone."""
-
-    def __init__(self, kind, classes, cfg, scaler):
-        super().__init__()
-        self.kind, self.classes, self.pool = kind, list(classes), cfg.pool
-        self.scaler = scaler or Scaler()
+        self.kind, self.classes, self.pool = "blackbox", list(classes), cfg.pool
+        self.register_buffer("mean", torch.zeros(12, 1))  # of the leads: Config.scale_input
+        self.register_buffer("std", torch.ones(12, 1))
         self.backbone = ResNet18(cfg.width, cfg.dropout)
+        both = cfg.pool == "meanmax"
+        self.dropout = nn.Dropout(0.5 if both else 0.0)
+        self.linear = nn.Linear(self.backbone.channels * (1 + both), len(classes))
 
     def features(self, x):
         """x [B, 12, 1000] mV -> h [B, 512, 32]."""
-        return self.backbone(self.scaler(x))
+        return self.backbone((x - self.mean) / self.std)
 
-
-class BlackBox(Network):
-    """The baselines of 4.3: pooling over time and a linear layer."""
-
-    def __init__(self, classes, cfg, scaler=None):
-        super().__init__("blackbox", classes, cfg, scaler)
-        self.head = PooledHead(self.backbone.channels, len(classes), cfg.pool)
+    def classify(self, h):
+        """h [B, 512, 32] -> logits [B, C]."""
+        return self.linear(self.dropout(pool_over_time(h, self.pool).squeeze(2)))
 
     def forward(self, x):
         """x [B, 12, 1000] mV -> logits [B, C]."""
-        return self.head(self.features(x))
+        return self.classify(self.features(x))
 
 
-class ProtoECGNet(Network):
+class ProtoECGNet(BlackBox):
     """One branch of the paper: backbone, add-on, prototypes p [P, D, T], linear head W [C, P].
 
     kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes. p_class [P] says whose
     a prototype is, p_patient [P] whose records do not count for it. With cfg.tie = "class" the head
-    sees the mean similarity to each class: W = V A^T with V [C, C] and A [P, C].
+    sees the mean similarity to each class: W = V A^T with V [C, C] and A [P, C]. The black box's
+    own layer, for all 71 labels, only helps to train the backbone (Config.auxiliary).
     """
 
-    def __init__(self, kind, classes, per_class, cfg, scaler=None):
-        super().__init__(kind, classes, cfg, scaler)
+    def __init__(self, kind, classes, per_class, cfg):
+        super().__init__(CODES, cfg)
+        self.kind, self.classes = kind, list(classes)
         self.a = cfg.a[list(WINDOW).index(kind)]
         self.top_k = cfg.top_k if kind == "partial" else 1
         channels = self.backbone.channels
@@ -317,9 +290,6 @@ class ProtoECGNet(Network):
         self.head = nn.Linear(A.shape[1], len(classes))
         self.head.weight.data = torch.where(own.T @ A > 0, *cfg.head_start)  # W_cp of 3.5
         nn.init.zeros_(self.head.bias)
-        self.auxiliary = None
-        if cfg.auxiliary:
-            self.auxiliary = PooledHead(self.backbone.channels, len(CODES), "meanmax")
 
     def latent(self, x):
         """x [B, 12, 1000] mV -> z [B, D, L]."""
@@ -356,54 +326,6 @@ def window_samples(kind, window):
     return max(0, centre - 47), min(SAMPLES, centre + 47)
 
 
-# ---- Projection (3.5, Stage 2)
-
-def project(z, carries, ids, p, p_class, unique=False, runners=0):
-    """Eq. (8): for every prototype the most similar window among records that carry its class.
-
-    z [N, D, L], carries [N, C] bool, ids [N] ascending, p [P, D, T], p_class [P]. Ties go to the
-    lowest id, then the earliest window. With `unique` no two prototypes of a class take the same
-    window: the best match chooses first. Returns the projected p and of each prototype a list of
-    (id, window, cosine): its source, then the best window of up to `runners` other records.
-    """
-    projected, found = p.clone(), [None] * len(p)
-    for c in p_class.unique().tolist():
-        own = torch.where(p_class == c)[0]
-        members = np.flatnonzero(carries[:, c])  # Z_j of Eq. (8)
-        # in float64, rounded: in float32 equal windows may differ by a last bit
-        S = torch.cat([similarity(z[part].to(p).double(), p[own].double()).float()
-                       for part in np.array_split(members, -(-len(members) // 512))])
-        S = S.transpose(0, 1).cpu().numpy()  # [own, n, windows]
-        flat = S.reshape(len(own), -1).copy()
-        for taken, i in enumerate(np.argsort(-flat.max(1), kind="stable"), start=1):
-            at = int(flat[i].argmax())  # the first maximum: lowest ecg_id, earliest window
-            record, window = divmod(at, S.shape[2])
-            if unique and taken < flat.shape[1]:
-                flat[:, at] = -np.inf
-            j = int(own[i])
-            projected[j] = z[members[record], :, window:window + p.shape[2]].to(p)
-            best, score = S[i].argmax(1), S[i].max(1)  # [n] of each record
-            order = np.argsort(-score, kind="stable")[:runners + 1]
-            places = [(record, window)] + [(r, best[r]) for r in order if r != record][:runners]
-            found[j] = [(int(ids[members[r]]), int(w), float(S[i, r, w])) for r, w in places]
-    return projected, found
-
-
-def own_patients(found, prep, cfg):
-    """[P]: for the prototypes `found` the patient whose match does not count; -1: all count."""
-    rows = [prep.row_of[places[0][0]] for places in found]
-    patients = torch.from_numpy(prep.patient_ids[rows])
-    return torch.full_like(patients, -1) if cfg.own_patient else patients
-
-
-def training_set(model, prep, device):
-    """What Stage 2 searches, folds 1-8 by ecg_id: z [N, D, L], carries [N, C] bool, rows [N]."""
-    rows = np.flatnonzero(prep.train)
-    rows = rows[np.argsort(prep.ecg_ids[rows], kind="stable")]
-    z = batched(model.eval().latent, prep, rows, device)
-    return z, prep.labels[rows][:, columns(model.classes)] > 0, rows
-
-
 # ---- AUROC (3.1)
 
 def auroc(y, score):
@@ -431,27 +353,27 @@ def load_run(run, models=None, device="cpu"):
 
     Each is a namespace of name, classes [C], W [C, F], b [C], mean [F], std [F], thresholds [C] on
     the logit, pieces [F] (the class of each piece of evidence), A [P, F] (whose mean similarity a
-    piece is), descriptions {code: text}, networks and their prototypes [P], as in prototypes.json
-    but with `model`, `kind` and the ECG x [12, 1000] mV.
+    piece is), descriptions {code: text}, mark (what it was trained on, if not PTB-XL), networks,
+    and prototypes [P]: dicts of prototypes.json with the ECG x [12, 1000] mV.
     """
     args = SimpleNamespace(run=Path(run), prep=None, device=torch.device(device))
-    if models is None and (args.run / "classifiers/fusion.pt").is_file():
-        models = ["fusion"]
+    fusion = ["fusion"] if (args.run / "classifiers/fusion.pt").is_file() else None
     heads = []
-    for name in models or trained_models(args.run):
-        saved = load(args.run / "classifiers" / f"{name}.pt", "04_fusion.py", args)
-        arrays = {k: saved[k].numpy() for k in ("W", "b", "mean", "std", "thresholds", "A")}
-        head = SimpleNamespace(**saved["meta"], **arrays, networks=[], prototypes=[])
+    for name in models or fusion or trained_models(args.run):
+        saved = load(args.run / f"classifiers/{name}.pt", "04_fusion.py", args)
+        head = SimpleNamespace(**saved.pop("meta"), networks=[], prototypes=[])
+        vars(head).update({key: array.numpy() for key, array in saved.items()})
         for branch in head.branches:
-            folder = args.run / branch
-            network, _ = load_model(folder / "projected.pt", "03_project.py", args)
-            info = load(folder / "prototypes.json", "03_project.py", args)
-            ecgs = load(folder / "prototypes.npy", "03_project.py")  # int16 uV
-            for q, x in zip(info["prototypes"], ecgs):
-                q.update(model=branch, kind=network.kind, data=info["data"], x=x / 1000)
-            head.networks.append(network)
-            head.prototypes += info["prototypes"]
-            head.descriptions = info["descriptions"]
+            folder, maker = args.run / branch, "03_project.py"
+            head.networks.append(load_model(folder / "projected.pt", maker, args)[0])
+            info = load(folder / "prototypes.json", maker, args)
+            patients = head.networks[-1].p_patient.tolist()
+            ecgs = load(folder / "prototypes.npy", maker)  # uV
+            for q, x, patient in zip(info["prototypes"], ecgs, patients):
+                more = {"model": branch, "kind": info["kind"], "patient": patient, "x": x / 1000}
+                head.prototypes.append({**q, **more})
+            head.descriptions, data = info["descriptions"], info["data"]
+            head.mark = "" if data == "PTB-XL v1.0.3" else f"{data}: "
         heads.append(head)
     return heads
 
@@ -480,19 +402,20 @@ def explain(heads, x, patient=None):
     results = []
     for head in heads:
         s = similarities(head, np.array(x)[None])[0]  # [P]
-        patients = torch.cat([network.p_patient for network in head.networks]).cpu().numpy()
-        counts = (patients != patient) | (patient is None)
+        patients = np.array([q["patient"] for q in head.prototypes])  # -1: all records count
+        counts = (patients != patient) | (patients < 0)
         mean_s = evidence(s[None], head.A, counts)[0]  # [F]
         terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
         nearest = [j for j in np.argsort(-s, kind="stable") if counts[j]]
-        known = {j: {**{k: head.prototypes[j][k] for k in ("model", "index", "ecg_id")},
-                     "similarity": s[j]} for j in nearest}
-        pieces = [{"class": code, "similarity": mean_s[f], "mean": head.mean[f],
-                   "std": head.std[f], "prototypes": [known[j] for j in nearest if head.A[j, f]]}
-                  for f, code in enumerate(head.pieces)]
+        pieces = []
+        for f, code in enumerate(head.pieces):
+            near = [{**{k: head.prototypes[j][k] for k in ("model", "index", "ecg_id")},
+                     "similarity": s[j]} for j in nearest if head.A[j, f]]
+            pieces.append({"class": code, "similarity": mean_s[f], "mean": head.mean[f],
+                           "std": head.std[f], "prototypes": near})
         for c, code in enumerate(head.classes):
             order = np.argsort(-np.abs(terms[c]), kind="stable")
-            logit = terms[c].sum() + head.b[c]
+            logit = head.b[c] + terms[c].sum()  # Eq. (10)
             p, threshold = expit([logit, head.thresholds[c]])
             results.append({
                 "label": code, "classifier": head.name, "probability": p, "threshold": threshold,
@@ -542,6 +465,8 @@ def argument_parser(doc, *flags):
 def parse(p):
     """Parse, fill in the default folders, and set threads and device: every stage's `args`."""
     args = p.parse_args()
+    for stream in (sys.stdout, sys.stderr):  # a console that does not know a letter
+        stream.reconfigure(errors="backslashreplace")
     usual = {"data": "data/ptbxl", "prep": "runs/prep", "run": f"runs/{args.recipe}"}
     if args.demo:
         run = {"default": "runs/demo", "paper": "runs/demo-paper"}[args.recipe]
@@ -564,19 +489,15 @@ def parse(p):
 def trained_models(run):
     """The prototype models that a run holds, in the order of MODELS."""
     names = [m for m in MODELS if m not in BOXES and (run / m / "joint.pt").is_file()]
-    if not names:
-        sys.exit(f"{run} holds no prototype model: run 02_train_joint.py first")
-    return names
+    return names or sys.exit(f"{run} holds no prototype model: run 02_train_joint.py first")
 
 
 def run(main):
     """Call a stage's main(); Ctrl-C and what the system refuses end it with one sentence."""
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: finished files are whole; the same command goes on from here")
-    except OSError as e:
-        sys.exit(str(e))
+    except (KeyboardInterrupt, OSError) as e:
+        sys.exit(str(e) or "\ninterrupted: finished files are whole; the same command goes on")
 
 
 # ---- Files: written whole or not at all; each says what it was made from
@@ -603,7 +524,7 @@ def save(path, value):
 
 def load(path, maker, args=None):
     """The value of a file that stage `maker` wrote; exits in one sentence when it is missing or
-    damaged, and, with `args`, when what it was made from in RUN or PREP is not there any more."""
+    damaged, and, with `args`, when what it was made from in RUN or PREP (if any) has changed."""
     if not path.is_file():
         sys.exit(f"{path} is missing: run {maker} first")
     try:
@@ -614,23 +535,14 @@ def load(path, maker, args=None):
         else:
             value = json.loads(path.read_text())
         meta = value["meta"] if path.suffix == ".pt" else value
-        version, _ = meta["format"], meta["made_from"].items()
+        assert meta["format"] == FORMAT and isinstance(meta["made_from"], dict)
     except Exception:  # numpy, torch and json raise many kinds for a damaged file
-        sys.exit(f"{path} is damaged or not a file of this project: run {maker} again")
-    if version != FORMAT:
-        sys.exit(f"{path} is of another version of this project: run {maker} again")
-    if args and (changed := changed_input(meta, args)):
-        sys.exit(f"{path} was made from another {changed}: delete it, run {maker} again")
-    return value
-
-
-def changed_input(meta, args):
-    """The first file that is not what `meta` was made from, or None; PREP may be missing."""
-    for name, fingerprint in meta["made_from"].items():
+        sys.exit(f"{path} is damaged, or not a file of this version: run {maker} again")
+    for name, fingerprint in meta["made_from"].items() if args else ():
         folder = args.prep if name == "preprocess.json" else args.run
         if folder and (not (folder / name).is_file() or file_hash(folder / name) != fingerprint):
-            return folder / name
-    return None
+            sys.exit(f"{path} was made from another {folder / name}: delete it, run {maker} again")
+    return value
 
 
 def provenance(args, *inputs):
@@ -672,28 +584,14 @@ def load_prep(folder):
     prep = SimpleNamespace(info=info, path=path)
     for name in ("signals", "labels", "folds", "ecg_ids", "patient_ids"):
         file = folder / f"{name}.npy"
-        array = load(file, maker)
-        changed = name != "signals" and file_hash(file) != info["sha256"][name]  # signals: 1 GB
-        if changed or len(array) != info["records"]:
+        setattr(prep, name, load(file, maker))
+        if name != "signals" and file_hash(file) != info["sha256"][name]:  # signals: 1 GB
             sys.exit(f"{file} does not belong to {path}: run {maker} again")
-        setattr(prep, name, array)
+    if len(prep.signals) != len(prep.labels):
+        sys.exit(f"{folder}/signals.npy does not belong to {path}: run {maker} again")
     prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10
     prep.row_of = {e: i for i, e in enumerate(prep.ecg_ids.tolist())}
     return prep
-
-
-def config_of(meta):
-    """The Config in the meta of a file (JSON turns tuples into lists)."""
-    config = meta["config"].items()
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config})
-
-
-def build(meta, scaler=None):
-    """An untrained model of the architecture that `meta` describes (see 02_train_joint.py)."""
-    cfg, kind = config_of(meta), MODELS[meta["model"]][0]
-    if kind == "blackbox":
-        return BlackBox(meta["classes"], cfg, scaler)
-    return ProtoECGNet(kind, meta["classes"], meta["per_class"], cfg, scaler)
 
 
 def load_model(path, maker, args):
@@ -704,16 +602,21 @@ def load_model(path, maker, args):
     return model.to(args.device).eval(), saved["meta"]
 
 
+def build(meta):
+    """An untrained model of the architecture that `meta` describes (see 02_train_joint.py)."""
+    cfg, kind = Config(**meta["config"]), MODELS[meta["model"]][0]
+    if kind == "blackbox":
+        return BlackBox(meta["classes"], cfg)
+    return ProtoECGNet(kind, meta["classes"], meta["per_class"], cfg)
+
+
 @torch.no_grad()
 def batched(f, prep, rows, device, what=None, batch=256):
-    """f(x) over prep.signals[rows] in batches, concatenated on the CPU: f gives [B, ...] tensors.
-
-    The last batch is padded to full size, so that no result depends on the number of records.
-    """
-    out = []
+    """f(x) over prep.signals[rows] in full batches, so that no result depends on how many rows
+    there are; f gives [B, ...] tensors, which are concatenated on the CPU."""
+    out, x = [], torch.zeros(batch, len(LEADS), SAMPLES)
     for i in tqdm(range(0, len(rows), batch), what, leave=False, disable=None if what else True):
         part = rows[i:i + batch]
-        x = torch.zeros(batch, len(LEADS), SAMPLES)
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
         if not out[-1].isfinite().all():

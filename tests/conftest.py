@@ -47,6 +47,18 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
+def random32(*shape, seed=0):
+    """Normal numbers, drawn in float64 and rounded, so that torch's generator plays no part."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape)).float()
+
+
+def training_latents(model, prep):
+    """What Eq. (8) searches, folds 1-8 by ecg_id: z [N, D, L] and the rows [N] of PREP."""
+    rows = np.flatnonzero(prep.train)
+    rows = rows[np.argsort(prep.ecg_ids[rows], kind="stable")]
+    return common.batched(model.latent, prep, rows, CPU), rows
+
+
 def stage(name):
     """The module of a stage, whose file name begins with a digit: stage("01_preprocess")."""
     return importlib.import_module(name)
@@ -134,7 +146,7 @@ def write_joint(run, prep, model="rhythm", seed=0, **changes):
     args = arguments(run, prep.path.parent)
     torch.manual_seed(seed)
     meta = stage("02_train_joint").describe(model, args, cfg, prep)
-    net = common.build({**meta, "config": asdict(cfg)}, common.Scaler(**prep.info["scaler"]))
+    net = stage("02_train_joint").start({**meta, "config": asdict(cfg)}, args, cfg, prep)
     meta.update(config=asdict(cfg), val_auroc=0.5, epochs=0, best_epoch=0, seconds=1.5, threads=1)
     path = run / model / "joint.pt"
     common.save(path, {"meta": meta, "state": net.state_dict()})

@@ -14,8 +14,9 @@ agreement             rank correlation of the mean cosine of two classes with th
                       their labels, Eq. (7)
 purity lift           share of a prototype's label among its ten nearest records, over the label's
                       prevalence; for labels with 10 or more positives and under 2 %; aim: 5
-prototypes for 95 %   how many pieces' contributions to a predicted label's logit, largest first,
+pieces for 95 %       how many pieces' contributions to a predicted label's logit, largest first,
                       hold 95 % of their sum without sign
+three largest         share of that sum in the three largest pieces
 negative evidence     share of that sum which speaks against the label
 similarity drop       what the similarity to a predicted label's first prototype loses when its best
                       windows (five at most) are cut out of all leads and bridged ("cut"), and when
@@ -82,14 +83,16 @@ def purity_lift(s, y, p_class, nearest=10, positives=10, prevalence=0.02):
 def evidence(X, W, b, thresholds):
     """How much of a prediction one must read, the mean over all predicted (record, label):
     X [N, F], W [C, F]; the contribution of the piece f of evidence is W_cf X_f."""
-    predicted, needed, against = X @ W.T + b >= thresholds, [], []  # [N, C]
+    predicted, needed, three, against = X @ W.T + b >= thresholds, [], [], []  # [N, C]
     for w, rows in zip(W, predicted.T):
         terms = X[rows] * w  # [n, F]
         size = -np.sort(-np.abs(terms), axis=1)
         total = size.sum(1, keepdims=True).clip(1e-12)
         needed += (1 + (size.cumsum(1) < 0.95 * total).sum(1)).tolist()
+        three += (size[:, :3].sum(1) / total[:, 0]).tolist()
         against += ((-terms).clip(0).sum(1) / total[:, 0]).tolist()
-    return {"prototypes for 95 %": np.mean(needed), "negative evidence": np.mean(against)}
+    return {"pieces for 95 %": np.mean(needed), "three largest": np.mean(three),
+            "negative evidence": np.mean(against)}
 
 
 # ---- Altered records
@@ -141,6 +144,8 @@ def drops(head, x, seen, rng):
     network, (s, windows) = head.networks[0], seen
     over = standardised(head, s) @ head.W.T + head.b - head.thresholds
     rows = np.flatnonzero(over.max(1) >= 0)
+    if not len(rows):
+        return {}
     s, label = s[rows], over.argmax(1)[rows]
     n, j = np.arange(len(rows)), first_prototypes(head, s, label)
     cut, control = x[rows], x[rows]
@@ -214,7 +219,7 @@ def main():
                 found[name][k] = round(float(v), 5) if np.isfinite(v) else None
     common.save(args.run / "faithfulness.json", found)
     measures = dict.fromkeys(k for each in found.values() for k in each)
-    table = importlib.import_module("05_evaluate").results
+    table = importlib.import_module("05_evaluate").table
     print(table(["measure", *found], [[k, *(found[n].get(k) for n in found)] for k in measures]))
 
 

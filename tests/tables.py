@@ -19,7 +19,7 @@ import common  # noqa: E402
 from common import BOXES, BRANCHES  # noqa: E402
 
 evaluate = importlib.import_module("05_evaluate")
-PAPER, cell, number, table = evaluate.PAPER, evaluate.cell, evaluate.number, evaluate.results
+PAPER, cell, number, table = evaluate.PAPER, evaluate.cell, evaluate.number, evaluate.table
 RESULTS = ROOT / "tests" / "results"
 MORE = [("fusion, own-class weights only", "fusion-own", *[None] * 4),
         ("black box, 1D, 71", "blackbox-1d", None, .9219, None, None)]
@@ -27,7 +27,7 @@ ABLATED = "fusion", "fusion-own", *BRANCHES
 WITHOUT = {  # the contrastive loss (Appendix E)
     "default": dict(lambda_cntrst=0.0),
     "paper": dict(lambda_cntrst=0.0, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)}
-DIGITS = {"dead": 0, "purity lift": 1, "prototypes for 95 %": 1}
+DIGITS = {"dead": 0, "purity lift": 1, "pieces for 95 %": 1}
 COURSE = [  # what, prediction, width, settings that are not the recipe's
     ("rhythm branch", "rhythm", 32, ()), ("black box", "blackbox-rhythm", 32, ())]
 HEAD = """# All results

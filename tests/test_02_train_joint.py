@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, arguments, change_prep, run_stage, sentence, stage, write_joint
+from conftest import CPU, arguments, change_prep, run_stage, sentence, stage
 
 import common
 
@@ -139,7 +139,7 @@ def test_an_epoch_is_the_steps_of_eq_2_written_out():
         logits = means @ slow.head.weight.T + slow.head.bias
         loss = module.composite_loss(logits, s, data.y[i], slow.p, slow.p_class,
                                      data.jaccard, cfg.lambdas, data.w)["total"]
-        m = slow.auxiliary(h)
+        m = slow.classify(h)
         loss = loss + 0.5 * (torch.logaddexp(m, torch.zeros(())) - data.all_y[i] * m).mean()
         gradient = torch.autograd.grad(loss, list(slow.parameters()))
         for v, g, mean in zip(slow.parameters(), gradient, want.parameters()):
@@ -317,7 +317,7 @@ def test_every_prototype_model_in_both_recipes(tiny_prep, train, monkeypatch, mo
     assert sorted(found.meta["made_from"]) == ["preprocess.json"]
     own, W = found.net.p_class == torch.arange(len(learned & set(group)))[:, None], found.net.head
     if recipe == "paper":  # frozen as the authors start it
-        assert torch.equal(W.weight, torch.where(own, 1.0, -0.5)) and not found.net.auxiliary
+        assert torch.equal(W.weight, torch.where(own, 1.0, -0.5))
     else:  # one weight for a class
         start = 10 * torch.eye(len(own))
         n = [prep.info["training_positives"][c] for c in found.net.classes]
@@ -348,15 +348,14 @@ def test_settings_reach_the_model(tiny_prep, train):
     prep = tiny_prep()
     found = train("--no-contrastive", lr=0.002, a="1,13,4", per_class="3,4,5", augment="no",
                   epochs=0)
-    cfg, scaler = common.config_of(found.meta), found.net.scaler
+    cfg = common.Config(**found.meta["config"])
     assert (cfg.lr, cfg.a, cfg.per_class, cfg.augment) == (0.002, (1, 13, 4), (3, 4, 5), False)
     assert (cfg.lambda_cntrst, cfg.seed) == (0, 42)
-    assert scaler.mean.flatten().tolist() == pytest.approx(prep.info["scaler"]["mean"])
-    assert scaler.std.flatten().tolist() == pytest.approx(prep.info["scaler"]["std"])
+    for key, values in prep.info["scaler"].items():
+        assert getattr(found.net, key).flatten().tolist() == pytest.approx(values)
     found = train("--recipe", "paper", "--no-contrastive", run="paper", start="random", epochs=0)
-    scaler = found.net.scaler
-    assert common.config_of(found.meta).lambdas == (0.8, 0.08, 100.0, 0.0)  # Barnett et al.
-    assert (scaler.mean == 0).all() and (scaler.std == 1).all()
+    assert common.Config(**found.meta["config"]).lambdas == (0.8, 0.08, 100.0, 0.0)  # Barnett et al.
+    assert (found.net.mean == 0).all() and (found.net.std == 1).all()
 
 
 @pytest.mark.parametrize("text", """epochs epoch=3 epochs=x epochs=1.5 augment=1 per_class=1,2
@@ -376,8 +375,9 @@ def test_a_loss_that_is_no_number_names_epoch_and_remedy(tiny_prep, train, monke
     assert "rhythm" in sentence(e) and "epoch 1" in sentence(e) and "lower lr" in sentence(e)
 
 
-def test_labels_that_cannot_be_trained_are_named(tiny_prep, train):
+def test_labels_that_cannot_be_trained_are_named_before_a_model_trains(tiny_prep, train, tmp_path):
     tiny_prep("no-rhythm", codes=("NORM", "IMI"))
     with pytest.raises(SystemExit) as e:
-        train(run="none", prep="no-rhythm")
+        train("--model", "global", "rhythm", run="none", prep="no-rhythm")
     assert "rhythm" in sentence(e) and "01_preprocess.py" in sentence(e)
+    assert not (tmp_path / "none").exists()

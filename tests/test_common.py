@@ -2,7 +2,6 @@
 the literal 2D one, projection against brute force, AUROC against scikit-learn, and files under
 every kind of damage."""
 import dataclasses
-import json
 import math
 import os
 import pickle
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, arguments, sentence, stage, write_run
+from conftest import ROOT, arguments, random32, sentence, stage, write_run
 from hypothesis import given, strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -25,10 +24,6 @@ from common import CODES, GROUPS, PAPER, Config
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def random32(*shape, seed=0):
-    return random(*shape, seed=seed, dtype=torch.float32)
 
 
 # ---- Labels and settings
@@ -60,7 +55,7 @@ def test_paper_recipe_has_the_authors_numbers():
 @pytest.mark.parametrize("recipe", common.RECIPES)
 def test_config_survives_json(recipe):
     cfg = common.RECIPES[recipe]
-    assert common.config_of(json.loads(json.dumps({"config": dataclasses.asdict(cfg)}))) == cfg
+    assert common.Config(**dataclasses.asdict(cfg)) == cfg
 
 
 # ---- Eq. (1)
@@ -148,17 +143,19 @@ def test_model_shapes_and_head_start(kind, recipe):
         assert ((z >= 0) & (z <= 1)).all()  # sigmoid add-on
 
 
-def test_pooling_over_time_and_scaling_of_leads():
+def test_pooling_over_time():
     h = random(2, 3, 7)
     for how in ("mean", "meanmax"):
         for pooled, record in zip(common.pool_over_time(h, how).tolist(), h.tolist()):
             mean, top = [[sum(row) / 7] for row in record], [[max(row)] for row in record]
             assert np.allclose(pooled, mean if how == "mean" else mean + top)
-    x, mean, std = random32(2, 12, 1000), list(range(12)), list(range(1, 13))
-    scaled = common.Scaler(mean, std)(x)
-    for i in range(12):
-        torch.testing.assert_close(scaled[:, i], (x[:, i] - mean[i]) / std[i])
-    assert torch.equal(common.Scaler()(x), x)
+
+
+def test_leads_are_scaled_before_the_backbone():
+    x, net = random32(2, 12, 1000), common.BlackBox(["SR"], Config(width=16)).eval()
+    want = net(x)
+    net.mean[:, 0], net.std[:, 0] = torch.arange(12), torch.arange(1, 13)
+    torch.testing.assert_close(net(x * net.std + net.mean), want)
 
 
 def test_sample_range_of_a_latent_window():
@@ -383,8 +380,8 @@ def test_where_dropout_stands():
         net, seen = common.BlackBox(["SR", "AFIB"], Config(width=16, pool=pool, dropout=0.5)), []
         net.backbone.layer3.register_forward_hook(lambda m, i, o: seen.append(o))
         net.backbone.layer4.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
-        net.head.dropout.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
-        net.head.linear.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+        net.dropout.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+        net.linear.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
         net.train()(random32(16, 12, 1000))
         for before, after, p in ((*seen[:2], 0.5), (*seen[2:], share)):
             gone = (after == 0) & (before != 0)
@@ -392,84 +389,6 @@ def test_where_dropout_stands():
             torch.testing.assert_close(after[~gone], before[~gone] / (1 - p))
         net.eval()(random32(2, 12, 1000))
         assert torch.equal(seen[-1], seen[-2])
-
-
-# ---- Eq. (8)
-
-def brute_force(z, carries, ids, p, p_class, unique=False, runners=0):
-    """Eq. (8) written out in float64; values within 1e-5 are equal."""
-    z, p, p_class, T = z.double().numpy(), p.double().numpy(), p_class.tolist(), p.shape[2]
-    table, taken, found = [[] for _ in p], set(), [None] * len(p)
-    for j, c in enumerate(p_class):
-        for r in np.flatnonzero(carries[:, c]):
-            for t in range(z.shape[2] - T + 1):
-                patch = z[r, :, t:t + T]
-                cosine = (patch * p[j]).sum() / np.linalg.norm(patch) / np.linalg.norm(p[j])
-                table[j].append((-round(cosine, 5), int(ids[r]), t, cosine))
-        table[j].sort()  # best first, then by ecg_id, then by window
-    for j in sorted(range(len(p)), key=lambda j: (table[j][0][0], j)):
-        free = [row for row in table[j] if not unique or (p_class[j], *row[1:3]) not in taken]
-        choice = [*free, table[j][0]][0]
-        taken.add((p_class[j], *choice[1:3]))
-        best = {row[1]: row for row in reversed(table[j])}  # of each record
-        others = sorted(row for row in best.values() if row[1] != choice[1])[:runners]
-        found[j] = [row[1:] for row in [choice, *others]]
-    return found
-
-
-def same_found(found, want):
-    for each, other in zip(found, want, strict=True):
-        assert [f[:2] for f in each] == [f[:2] for f in other]
-        np.testing.assert_allclose([f[2] for f in each], [f[2] for f in other], atol=1e-5)
-
-
-def planted(n, D, L, T, per_class, seed=0):
-    """(z, carries, ids, p, p_class): latents where four windows hold each prototype exactly, so
-    ties at cosine 1, some of them in records that do not carry the class."""
-    rng, C = np.random.default_rng(seed), len(per_class)
-    p_class = torch.repeat_interleave(torch.arange(C), torch.tensor(per_class))
-    p, z = random32(len(p_class), D, T, seed=seed), random32(n, D, L, seed=seed + 100)
-    carries = rng.random((n, C)) < 0.6
-    carries[:5] = True
-    for j in range(len(p)):
-        for r, t in zip(rng.integers(n, size=4), rng.integers(L - T + 1, size=4)):
-            z[r, :, t:t + T] = p[j]
-    return z, carries, np.sort(rng.choice(10 * n, n, replace=False)), p, p_class
-
-
-@pytest.mark.parametrize("unique", [False, True])
-@pytest.mark.parametrize("D, L, T", [(4, 6, 3), (6, 1, 1), (3, 5, 5)])
-def test_projection_equals_brute_force_with_ties(D, L, T, unique):
-    for seed in range(5):
-        case = z, carries, ids, p, p_class = planted(12, D, L, T, (4, 3), seed)
-        projected, found = common.project(*case, unique, runners=3)
-        same_found(found, brute_force(*case, unique, runners=3))
-        for j, (ecg_id, window, cosine) in enumerate(f[0] for f in found):
-            record = list(ids).index(ecg_id)
-            assert carries[record, p_class[j]]
-            patch = z[record, :, window:window + T]
-            assert torch.equal(projected[j], patch)  # exactly a patch, nothing averaged
-            assert len({f[0] for f in found[j]}) == len(found[j]) == 4  # distinct records
-            assert unique or all(f[2] <= cosine + 1e-6 for f in found[j][1:])
-
-
-def test_ties_go_to_the_lowest_ecg_id_then_the_earliest_window():
-    z, p, ids = random32(5, 4, 8, seed=1), random32(2, 4, 3, seed=2), np.array([5, 7, 30, 31, 40])
-    for record, window in ((4, 0), (2, 5), (2, 1), (3, 0)):
-        z[record, :, window:window + 3] = p[0]
-    carries = np.array([[1, 1, 0]] * 4 + [[1, 0, 1]], bool)  # the last class has one record
-    _, found = common.project(z, carries, ids, p, torch.tensor([0, 2]), runners=2)
-    assert [f[:2] for f in found[0]] == [(30, 1), (31, 0), (40, 0)]
-    assert [f[0] for f in found[1]] == [40]
-
-
-def test_unique_forbids_a_window_twice_within_a_class():
-    z, carries, ids, p, _ = planted(8, 4, 5, 3, (1, 1))
-    p, p_class = torch.cat([p[:1] + 0.01 * random32(8, 4, 3), p[:1]]), torch.tensor([0] * 8 + [1])
-    for unique in (False, True):
-        found = common.project(z, carries, ids, p, p_class, unique)[1]
-        assert (len({f[0][:2] for f in found[:8]}) == 8) == unique
-        same_found(found, brute_force(z, carries, ids, p, p_class, unique))
 
 
 # ---- AUROC

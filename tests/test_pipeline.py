@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import wfdb
-from conftest import CPU, PTBXL, ROOT, arguments, needs_ptbxl, run_stage, stage
+from conftest import (
+    PTBXL, ROOT, arguments, needs_ptbxl, run_stage, stage, training_latents)
 
 import common
 
@@ -40,8 +41,8 @@ def test_layout():
 
 # At most so many lines; the design asks for less of some (below).
 BUDGETS = {
-    "00_download.py": 170, "01_preprocess.py": 150, "02_train_joint.py": 433, "03_project.py": 90,
-    "04_fusion.py": 320, "05_evaluate.py": 594, "06_plot_prototypes.py": 543, "common.py": 722,
+    "00_download.py": 170, "01_preprocess.py": 150, "02_train_joint.py": 431, "03_project.py": 100,
+    "04_fusion.py": 275, "05_evaluate.py": 524, "06_plot_prototypes.py": 553, "common.py": 625,
 }
 
 
@@ -142,7 +143,7 @@ def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
     for model in common.BRANCHES:
         args = arguments(run, tmp_path / "prep")
         net, _ = common.load_model(run / model / "projected.pt", "", args)
-        z, _, rows = common.training_set(net, prep, CPU)
+        z, rows = training_latents(net, prep)
         order, T = prep.ecg_ids[rows].tolist(), net.p.shape[2]
         found[model] = json.loads((run / model / "prototypes.json").read_text())["prototypes"]
         for q in found[model]:  # from folds 1-8, and exactly the patch that it names
@@ -153,7 +154,7 @@ def test_from_records_to_pictures(tmp_path, monkeypatch, capsys):
                     "rhythm-projected"}
     commands = json.loads((run / "metrics.json").read_text())["commands"]
     assert [c.split()[1][:2] for c in commands] == ["01", "02", "03", "04"]
-    assert len(list((run / "figures/global").glob("*.png"))) == len(found["global"])
+    assert (run / "figures/gallery.html").read_text().count("<svg") == len(found["global"])
     assert (run / "results.html").is_file() and (run / "review.html").is_file()
 
 

@@ -1,4 +1,5 @@
-"""tests/tune.py, bench.py and faithfulness.py: that they measure what they say."""
+"""tests/tune.py, bench.py, faithfulness.py and pieces.py: that they measure what they say."""
+import csv
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import (
@@ -138,7 +140,7 @@ def test_sizes_and_latency_of_a_run(tmp_path):
 def test_evidence_equals_a_slow_loop():
     rng = np.random.default_rng(0)
     X, W, b = rng.normal(size=(20, 6)), rng.normal(size=(3, 6)), rng.normal(size=3)
-    needed, against = [], []
+    needed, three, against = [], [], []
     for x in X:
         for w, bias in zip(W, b):
             terms = w * x
@@ -148,9 +150,31 @@ def test_evidence_equals_a_slow_loop():
             while sum(size[:k]) < 0.95 * sum(size):
                 k += 1
             needed.append(k)
+            three.append(sum(size[:3]) / sum(size))
             against.append(-terms[terms < 0].sum() / sum(size))
     found = faithfulness.evidence(X, W, b, np.zeros(3))
-    assert list(found.values()) == pytest.approx([np.mean(needed), np.mean(against)])
+    assert list(found.values()) == pytest.approx(
+        [np.mean(needed), np.mean(three), np.mean(against)])
+
+
+# ---- pieces.py
+
+def test_the_curve_passes_through_what_04_chose(tmp_path, monkeypatch):
+    prep = write_prep(tmp_path / "prep")
+    for run in ("a", "b"):
+        write_run(monkeypatch, tmp_path / run, prep)
+    monkeypatch.setattr(stage("pieces"), "ROOT", tmp_path)
+    run_stage(monkeypatch, "pieces", tmp_path / "a", tmp_path / "b", "--prep", tmp_path / "prep")
+    out = tmp_path / "tests/results"
+    lines = (out / "pieces.csv").read_text().splitlines()
+    assert lines[-1] == "# a and b share 1.000 of their weights"
+    table = pd.DataFrame(csv.DictReader(lines[:-1]))
+    saved = common.load(tmp_path / "a/classifiers/fusion.pt", "")["meta"]
+    row, = table[(table["chosen"] == "True") & (table["fold"] == "9") & (table["run"] == "a")].iloc
+    assert float(row["auroc"]) == pytest.approx(saved["val_auroc"], abs=0.002)
+    assert abs(int(row["weights"]) - saved["nonzero"]) <= 3  # other starts of the solver
+    weights = table[(table["fold"] == "10") & (table["run"] == "b")]["weights"].astype(int)
+    assert weights.is_monotonic_increasing and (out / "pieces.png").stat().st_size > 9000
 
 
 def test_purity_lift_of_perfect_and_of_blind_prototypes():
@@ -198,6 +222,9 @@ def test_what_is_measured_of_a_branch_and_its_first_prototypes():
 
 def test_a_run_is_measured(tmp_path, monkeypatch):
     run = write_run(monkeypatch, tmp_path / "run", write_prep(tmp_path / "prep", n=100))
+    heads = {name: common.load_run(run, [name])[0] for name in (*common.BRANCHES, "fusion")}
+    heads["morphology"].thresholds -= 9  # so that it predicts
+    monkeypatch.setattr(common, "load_run", lambda _, names: [heads[names[0]]])
     run_stage(monkeypatch, "faithfulness", "--run", run, "--prep", tmp_path / "prep")
     found = json.loads((run / "faithfulness.json").read_text())
     assert set(found) == {*common.BRANCHES, "fusion"} and found["rhythm"]["duplicates"] == 0
