@@ -33,7 +33,7 @@ from torch.optim import lr_scheduler
 
 import common
 from common import (
-    BOXES, BRANCHES, CODES, GROUPS, IMAGENET, LEADS, MODELS, SAMPLES, WINDOW, columns)
+    BOXES, BRANCHES, CODES, GROUPS, IMAGENET, LEADS, MODELS, RATE, SAMPLES, WINDOW, columns)
 
 MAKER = "02_train_joint.py"
 ONE_DIM = "rhythm", "all-1d", "blackbox-1d", "blackbox-rhythm"  # never from ImageNet
@@ -44,7 +44,7 @@ CHOICES = {
     "add_on": ["centred", "sigmoid"],
     "tie": ["class", "none"],
     "sampler": ["shuffle", "weighted"],
-    "head": ["free", "frozen"],
+    "head": ["own", "free", "frozen"],
     "optimizer": ["adam", "adamw"],
     "scheduler": ["cosine", "onecycle", "plateau"],
 }
@@ -59,12 +59,18 @@ def augment(x):
     amplitude may cross a voltage criterion (LVH, HVOLT, LVOLT).
     """
     B, d = len(x), x.device
+
+    def uniform(low, high, leads=1):
+        return torch.empty(B, leads, 1, device=d).uniform_(low, high)
+
     t = torch.arange(SAMPLES, device=d)
     shift = torch.randint(SAMPLES, (B, 1, 1), device=d)
     x = x.gather(2, ((t + shift) % SAMPLES).expand(-1, len(LEADS), -1))  # circular
-    x = x * torch.empty(B, 1, 1, device=d).uniform_(0.8, 1.25)  # amplitude
-    x = x + torch.randn_like(x) * torch.empty(B, 1, 1, device=d).uniform_(0, 0.05)  # noise, mV
-    x = x * (torch.rand(B, len(LEADS), 1, device=d) > 0.08)  # lost leads
+    x = x * uniform(0.8, 1.25)  # amplitude
+    x = x + uniform(0, 0.05) * torch.randn_like(x)  # noise, mV
+    turns = uniform(0.1, 0.5) * t / RATE + uniform(0, 1, len(LEADS))
+    x = x + uniform(0, 0.15, len(LEADS)) * torch.sin(2 * torch.pi * turns)  # wander, mV
+    x = x * (uniform(0, 1, len(LEADS)) > 0.08)  # lost leads
     first = torch.randint(SAMPLES, (B, 1, 1), device=d)
     length = torch.randint(150, (B, 1, 1), device=d)  # a blanked span of up to 1.5 s
     return x * ((t < first) | (t >= first + length))
@@ -232,6 +238,8 @@ def train(meta, args, cfg, prep):
     data = load_data(model, args, cfg, prep)
     if model.kind != "blackbox" and cfg.head == "frozen":
         model.head.requires_grad_(False)
+    if model.kind != "blackbox" and cfg.head == "own":
+        model.head.weight.register_hook(lambda gradient: gradient * model.own)
     average = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
     steps = cfg.epochs * -(-len(data.rows) // cfg.batch)
     optimizer, scheduler = make_optimizer(model, cfg, steps)
@@ -343,7 +351,7 @@ def start(meta, args, cfg, prep):
     if cfg.scale_input:
         for key, values in prep.info["scaler"].items():  # mean, std
             getattr(model, key).copy_(torch.tensor(values)[:, None])
-    if cfg.head == "free":  # at the start the average record has the average labels
+    if cfg.head != "frozen":  # at the start the average record has the average labels
         odds = torch.logit(torch.from_numpy(prep.labels[prep.train].mean(0)), 1e-5)  # [71]
         own = odds[columns(meta["classes"])]
         model.linear.bias.data.copy_(own if name in BOXES else odds)

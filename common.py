@@ -101,18 +101,19 @@ class Config:
     class_weights: bool = False  # w of Eq. (3): (N - n) / n; ours: 1
     sampler: str = "shuffle"     # or weighted: by the inverse frequency of a record's labels
     # Stage 1 (3.5, Appendix E)
-    head: str = "free"           # W learns (paper), or is frozen (authors' code)
+    head: str = "own"            # ours: of W own-class weights learn; free: all (paper), or frozen:
+                                 # none (authors' code)
     head_start: tuple = (10.0, 0.0)  # W_cp at the start, own class and others; paper: 1, -0.5
     own_patient: bool = False    # ours: a match with a prototype of the same patient is left out
     epochs: int = 30
     patience: int = 10           # epochs without a better fold-9 macro-AUROC; paper: 10
-    batch: int = 128             # authors' code: 32
+    batch: int = 64              # authors' code: 32
     lr: float = 3e-3             # authors' code: 1e-4
     lr_prototypes: float = 0.1   # ours: their lr as a share of the others'; paper: 1
     optimizer: str = "adamw"     # ours; paper: adam, whose weight decay is an L2 term
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
-    augment: bool = True         # amplitude, noise, lost leads, shift, blanked span; paper: silent
+    augment: bool = True         # amplitude, noise, wander, lost leads, shift, gap; paper: silent
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stage 2
     rounds: int = 1              # how often to run Stages 1 and 2; paper: twice (--round 2)
@@ -287,8 +288,9 @@ class ProtoECGNet(BlackBox):
         own = F.one_hot(p_class, len(classes)).float()  # [P, C]
         A = own / own.sum(0).clamp_min(1) if cfg.tie == "class" else torch.eye(len(p_class))
         self.register_buffer("A", A, persistent=False)  # [P, C] or [P, P]
+        self.register_buffer("own", own.T @ A > 0, persistent=False)  # [C, .], as W
         self.head = nn.Linear(A.shape[1], len(classes))
-        self.head.weight.data = torch.where(own.T @ A > 0, *cfg.head_start)  # W_cp of 3.5
+        self.head.weight.data = torch.where(self.own, *cfg.head_start)  # W_cp of 3.5
         nn.init.zeros_(self.head.bias)
 
     def latent(self, x):

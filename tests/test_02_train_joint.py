@@ -90,8 +90,13 @@ def test_augmentation_does_each_of_its_changes():
         gains.append(float(gain.mean()))
     assert sum(shifts) > 150 and max(shifts) == 1 and 60 < np.mean(spans) < 90
     assert 0.79 < min(gains) < 0.85 and 1.2 < max(gains) < 1.26 and 0.06 < lost / 2400 < 0.1
-    noise = module.augment(torch.zeros(200, 12, 1000)).std((1, 2))
-    assert 0.04 < noise.max() < 0.05 and noise.min() < 0.01
+    still = module.augment(torch.zeros(200, 12, 1000))
+    noise = still.diff().std((1, 2)) / 2**0.5
+    assert 0.04 < noise.max() < 0.052 and noise.min() < 0.01
+    waves = torch.fft.rfft(still[noise < 0.01]).abs()[..., :20] / 500  # mV at 0, 0.1, 0.2 ... Hz
+    height = waves.amax(2)  # a sine of 0.1 to 0.5 Hz, in each lead another
+    assert (waves.argmax(2) <= 6).float().mean() > 0.9 and 0.1 < height.max() < 0.16
+    assert (height.std(1) > 0.005).float().mean() > 0.9
 
 
 def test_record_weights_equal_a_slow_loop():
@@ -323,7 +328,11 @@ def test_every_prototype_model_in_both_recipes(tiny_prep, train, monkeypatch, mo
         n = [prep.info["training_positives"][c] for c in found.net.classes]
         prior = torch.logit(torch.tensor(n) / 48)  # of labels, for the average record
         torch.testing.assert_close(W.bias, prior, atol=0.1, rtol=0)
-        assert W.weight.shape == start.shape and 0 < (W.weight - start).abs().max() < 1
+        change = (W.weight - start).abs()
+        assert (change.diag() > 0).all() and change.max() < 1  # of own-class weights alone
+        assert (W.weight * (1 - torch.eye(len(own))) == 0).all()
+        free = train("--recipe", recipe, model=model, epochs=1, head="free", run="free").net.head
+        assert len(own) == 1 or (free.weight * (1 - torch.eye(len(own))) != 0).any()
 
 
 def test_a_start_from_imagenet_has_its_weights(tiny_prep, train, tmp_path):
