@@ -1,4 +1,4 @@
-"""Stage 00, download: the 100 Hz part of PTB-XL v1.0.3, each file checked by its SHA-256.
+"""Script 00, download: the 100 Hz part of PTB-XL v1.0.3, each file checked by its SHA-256.
 
 reads   https://physionet-open.s3.amazonaws.com, or else https://physionet.org
 writes  DATA/SHA256SUMS.txt, two tables, records100/: 536 MB to fetch, 620 MB on disk;
@@ -134,7 +134,7 @@ def fetch_sums(folder):
 
 
 def main():
-    p = common.argument_parser(__doc__, "data", "demo")
+    p = common.argument_parser(__doc__, "data", "threads", "demo")
     p.add_argument("--check", action="store_true", help="fetch nothing, check the files of DATA")
     p.add_argument("--imagenet", action="store_true", help="also fetch ImageNet weights")
     p.add_argument("--synthetic", type=int, metavar="N", help="write N synthetic records")

@@ -1,4 +1,4 @@
-"""Stage 01, preprocessing (paper 3.1, 3.2): PTB-XL -> arrays.
+"""Script 01, preprocessing (paper 3.1, 3.2): PTB-XL -> arrays.
 
 reads   DATA/ptbxl_database.csv, scp_statements.csv, records100/
 writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered;

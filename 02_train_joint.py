@@ -1,10 +1,11 @@
-"""Stage 02, joint training (paper 3.5, Stage 1): backbone and prototypes under Eq. (2).
+"""Script 02, joint training (paper 3.5, Stage 1): backbone and prototypes under Eq. (2).
 
 One training a branch, from random weights or, the authors' way, from ImageNet. Keeps the epoch with
 the best macro-AUROC on fold 9; fold 10 is never touched. The same command again goes on after the
 last whole epoch and keeps finished models.
 
-reads   PREP/*.npy, preprocess.json; with --round 2 RUN/MODEL/projected.pt
+reads   PREP/*.npy, preprocess.json; with --round 2 RUN/MODEL/projected.pt; the paper recipe
+        data/resnet18-f37072fd.pth
 writes  RUN/MODEL/joint.pt, log.jsonl (a line an epoch, epoch 0 is the start); last.pt to go on from
 
     python 02_train_joint.py                      the three branches: rhythm, morphology, global
@@ -85,7 +86,9 @@ def record_weights(y):
 
 
 def load_data(model, args, cfg, prep):
-    """The records that a model learns from and is judged by, as a namespace on the device."""
+    """The records that a model learns from and is judged by, as a namespace: x [all, 12, 1000] mV,
+    rows [N] of folds 1-8 with y [N, C] and all_y [N, 71], their weights w [C] in Eq. (3) and draw
+    [N] in sampling, or None; jaccard [C, C]; val_rows of fold 9 with val_y."""
     own, rows, val = columns(model.classes), np.flatnonzero(prep.train), np.flatnonzero(prep.val)
     data = SimpleNamespace(x=prep.x, w=None, draw=None, val_y=prep.labels[val][:, own])
     data.rows, data.val_rows = (torch.from_numpy(r).to(args.device) for r in (rows, val))
@@ -125,7 +128,7 @@ def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
     S = unit_p @ unit_p.T  # [P, P] cosines
     I = torch.eye(P, dtype=S.dtype, device=S.device)
     div = (S - I).square().sum()  # Eq. (6)
-    C = jaccard[p_class][:, p_class]  # [P, P], A J A^T
+    C = jaccard[p_class][:, p_class]  # [P, P], of the prototypes' classes
     near = (C * S).sum() / C.sum()
     far = ((1 - C) * S).sum() / (1 - C).sum().clamp_min(1e-12)
     cntrst = -(near - far) / 2  # Eq. (7)
@@ -144,7 +147,7 @@ def _best(s, mask):
 # ---- Stage 1 (3.5)
 
 def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
-    """One pass over folds 1-8 (3.5): the mean of each term of Eq. (2), as a dict.
+    """One pass over folds 1-8 (3.5): the mean of each term of the loss, as a dict.
 
     `average` follows the weights of the model, or is the model itself.
     """
@@ -161,9 +164,9 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         x, y = data.x[data.rows[i]], data.y[i]
         x = augment(x) if cfg.augment else x
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
-            h = model.features(x)  # [B, 512, 32]
+            h = model.features(x)  # [B, 8 * width, 32]
             s = None if boxed else model.scores(model.to_latent(h))  # [B, P]
-            m = model.classify(h) if boxed or cfg.auxiliary else None  # [B, C], or [B, 71]
+            m = model.linear_logits(h) if boxed or cfg.auxiliary else None  # [B, C], or [B, 71]
         if boxed:
             loss = {"total": bce(m.to(y), y, data.w)}
         else:
@@ -173,24 +176,24 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
                 loss["auxiliary"] = bce(m.to(y), data.all_y[i])
                 loss["total"] = loss["total"] + cfg.auxiliary * loss["auxiliary"]
         optimizer.zero_grad(set_to_none=True)
-        loss["total"].backward()  # Eq. (2)
+        loss["total"].backward()
         optimizer.step()
         if cfg.scheduler != "plateau":
             scheduler.step()
         if average is not model:
-            done = epoch * per_epoch + step
-            follow(average, model, 1 - min(cfg.ema, done / (10 + done)))
+            done = (epoch - 1) * per_epoch + step
+            follow(average, model, 1 - min(cfg.ema, done / (10 + done)))  # faster at first
         seen.append(torch.stack([term.detach() for term in loss.values()]))
     return dict(zip(loss, torch.stack(seen).mean(0).tolist()))
 
 
 def follow(average, model, weight):
     """Move the weights of `average` towards those of `model`."""
-    for theirs, ours in zip(average.state_dict().values(), model.state_dict().values()):
-        if theirs.is_floating_point():
-            theirs.lerp_(ours, weight)
+    for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
+        if slow.is_floating_point():
+            slow.lerp_(fast, weight)
         else:
-            theirs.copy_(ours)
+            slow.copy_(fast)
 
 
 def bfloat16_is_fast(device):
@@ -211,9 +214,9 @@ def validate(model, data):
 def make_optimizer(model, cfg, steps):
     """The optimizer and its schedule (Appendix E) of so many steps; plateau goes by epochs."""
     make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": [p for name, p in learning.items() if name != "p"], "lr": cfg.lr}]
-    if "p" in learning:
+    rest = [w for name, w in model.named_parameters() if w.requires_grad and name != "p"]
+    groups = [{"params": rest, "lr": cfg.lr}]
+    if model.kind != "blackbox":
         groups.append({"params": [model.p], "lr": cfg.lr * cfg.lr_prototypes})
     optimizer = make(groups, weight_decay=cfg.weight_decay, fused=True)
     if cfg.scheduler == "cosine":
@@ -243,18 +246,17 @@ def train(meta, args, cfg, prep):
     average = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
     steps = cfg.epochs * -(-len(data.rows) // cfg.batch)
     optimizer, scheduler = make_optimizer(model, cfg, steps)
-    learning = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    log, kept, seconds = [], None, 0.0
+    parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     if saved := made_before(last, meta):
-        for key, part in learning.items():
+        for key, part in parts.items():
             part.load_state_dict(saved[key])
         log, kept, seconds = saved["log"], saved["kept"], saved["seconds"]
         torch.set_rng_state(saved["random"])
         torch.cuda.set_rng_state_all(saved["random_cuda"])
         print(f"{name}: goes on after epoch {log[-1]['epoch']}", flush=True)
     else:  # the start is epoch 0, so that what is kept is never worse on fold 9
-        log, kept = [{"epoch": 0, "val_auroc": validate(model, data)}], model.state_dict()
-        kept = copy.deepcopy(kept)
+        log = [{"epoch": 0, "val_auroc": validate(model, data)}]
+        kept, seconds = copy.deepcopy(model.state_dict()), 0.0
         print(f"{name}: {len(model.classes)} labels, at the start fold 9 "
               f"{log[0]['val_auroc']:.4f}", flush=True)
 
@@ -277,7 +279,7 @@ def train(meta, args, cfg, prep):
         print(f"{name:12s} epoch {epoch:3d}/{cfg.epochs}  loss {terms['total']:8.4f}  fold 9 "
               f"{auroc:.4f} (best {best_of(log)['val_auroc']:.4f})  "
               f"{time.time() - began:5.1f} s  {left:4.0f} min left", flush=True)
-        states = {key: part.state_dict() for key, part in learning.items()}
+        states = {key: part.state_dict() for key, part in parts.items()}
         common.save(last, {"meta": meta, **states, "log": log, "kept": kept, "seconds": seconds,
                            "random": torch.get_rng_state(),
                            "random_cuda": torch.cuda.get_rng_state_all()})
@@ -351,12 +353,12 @@ def start(meta, args, cfg, prep):
     if cfg.scale_input:
         for key, values in prep.info["scaler"].items():  # mean, std
             getattr(model, key).copy_(torch.tensor(values)[:, None])
-    if cfg.head != "frozen":  # at the start the average record has the average labels
-        odds = torch.logit(torch.from_numpy(prep.labels[prep.train].mean(0)), 1e-5)  # [71]
-        own = odds[columns(meta["classes"])]
-        model.linear.bias.data.copy_(own if name in BOXES else odds)
+    if cfg.head != "frozen":  # at the start the mean prediction is the frequency of a label
+        log_odds = torch.logit(torch.from_numpy(prep.labels[prep.train].mean(0)), 1e-5)  # [71]
+        ours = log_odds[columns(meta["classes"])]
+        model.linear.bias.data.copy_(ours if name in BOXES else log_odds)
         if name not in BOXES:
-            model.head.bias.data.copy_(own)
+            model.head.bias.data.copy_(ours)
     if cfg.start == "imagenet" and name not in ONE_DIM:
         load_imagenet(model.backbone, args.imagenet)
     return model
@@ -417,7 +419,7 @@ def settings(args, p):
 def main():
     p = common.argument_parser(__doc__, *common.RUN_FLAGS, "seed")
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of "
-                   "the recipe: a number, a word, yes or no, three numbers with commas")
+                   "the recipe: a number, a word, yes or no, numbers with commas")
     p.add_argument("--no-contrastive", action="store_true", help="train without Eq. (7)")
     p.add_argument("--round", type=int, default=1, help="2: once more, from projected prototypes")
     p.add_argument("--imagenet", type=Path, metavar="FILE", default=Path("data") / IMAGENET,

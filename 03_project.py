@@ -1,4 +1,4 @@
-"""Stage 03, projection (paper 3.5, Stage 2, Eq. 8): each prototype becomes a patch of a real ECG.
+"""Script 03, projection (paper 3.5, Stage 2, Eq. 8): each prototype becomes a patch of a real ECG.
 
 Of all windows of all training records (folds 1-8) that carry the prototype's label it takes the
 most similar; prototypes of one class keep apart. Prints the gap (mean of 1 - cosine of a prototype
@@ -43,7 +43,8 @@ def project(z, carries, ids, p, p_class, unique=False):
         for i in np.argsort(-S.max((1, 2)), kind="stable"):
             record, window = np.unravel_index(free[i].argmax(), free[i].shape)
             if unique:
-                free[:, record, max(0, window - APART):window + APART + 1] -= 4
+                near = slice(max(0, window - APART), window + APART + 1)
+                free[:, record, near] -= 4  # under every cosine of a free window
             j, row = own[i], members[record]
             projected[j] = z[row, :, window:window + p.shape[2]].to(p)  # Eq. (8)
             found[j] = int(ids[row]), int(window), float(S[i, record, window])

@@ -1,4 +1,4 @@
-"""Stage 04, sparse classifiers (paper 3.5, Stage 3, Eq. 9-10) on similarities.
+"""Script 04, sparse classifiers (paper 3.5, Stage 3, Eq. 9-10) on similarities.
 
 Solves Eq. (10) on folds 1-8, for each branch and for all. Weights of other classes
 have L1, of a strength chosen on fold 9. In our recipe a label has one weight for all
@@ -16,6 +16,7 @@ writes  RUN/classifiers/NAME.pt: logits of folds 9 and 10 [., 71], thresholds [C
 Takes minutes. Last line:
 `runs/default: classifiers of rhythm, morphology, global -> runs/default/classifiers`.
 """
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -143,7 +144,8 @@ def fit_path(X, Y, off, prep, recipe, strengths, W=None, b=None):
 # ---- Scores and classifiers
 
 def standardise(scores, A, prep, p_patient):
-    """scores [N, P] but of own patients, A [P, F] -> X [N, F], mean, std of folds 1-8."""
+    """scores [N, P], A [P, F] -> X [N, F], mean and std of folds 1-8, without what a prototype
+    scores on records of its own patient."""
     s = common.evidence(scores, A, prep.patient_ids[:, None] != p_patient)
     mean, std = np.nanmean(s[prep.train], 0), np.nanstd(s[prep.train], 0).clip(1e-6)
     return np.nan_to_num((s - mean) / std), mean, std
@@ -166,7 +168,7 @@ def save_classifier(args, prep, name, logits, classes, inputs, arrays={}, **more
     own = columns(classes)
     full = np.full((len(logits), len(CODES)), np.nan, np.float32)
     full[:, own] = logits  # of folds 9 and 10
-    on_val = full[prep.val[prep.val | prep.test]][:, own]
+    on_val = full[prep.val[prep.later]][:, own]
     y, trained = prep.labels[prep.val][:, own], {}
     auroc = common.macro_auroc(y, on_val)
     for _, m in inputs:  # models, or classifiers
@@ -181,7 +183,7 @@ def save_classifier(args, prep, name, logits, classes, inputs, arrays={}, **more
     print(f"{name:22s} fold 9 {auroc:.4f}  {sparse}", flush=True)
 
 
-def classify(args, prep, name, branches, own_only=False):
+def fit_classifier(args, prep, name, branches, own_only=False):
     """Fit Eq. (10) to scores of branches, then to those before projection."""
     cfg, models = branches[0].cfg, [branch.model for branch in branches]
     p_code = [m.classes[c] for m in models for c in m.p_class.tolist()]
@@ -193,14 +195,16 @@ def classify(args, prep, name, branches, own_only=False):
     classes = sorted({c for m in models for c in m.classes}, key=CODES.index)
     off = np.array(pieces) != np.array(classes)[:, None]  # [C, F]
     Y = prep.labels[:, columns(classes)].astype(float)
-    strengths, W, b = [np.inf] if own_only else STRENGTHS[cfg.recipe], None, None
-    for step in ("", "-unprojected"):
-        s = [branch.before if step else branch.scores for branch in branches]
+    strengths, W, b = STRENGTHS[cfg.recipe], None, None
+    if own_only:
+        strengths = [np.inf]  # no other weight can pay that
+    for which in ("", "-unprojected"):
+        s = [branch.before if which else branch.scores for branch in branches]
         X, mean, std = standardise(np.concatenate(s, 1), A, prep, p_patient)  # Eq. (9)
         W, b, strength, path = fit_path(X, Y, off, prep, cfg.recipe, strengths, W, b)
         strengths = [strength]
         save_classifier(
-            args, prep, name + step, X[prep.val | prep.test] @ W.T + b, classes,
+            args, prep, name + which, X[prep.later] @ W.T + b, classes,
             [branch.made for branch in branches],
             {"W": W, "b": b, "mean": mean, "std": std, "A": A}, pieces=pieces, path=path,
             branches=[branch.name for branch in branches], weights=W.size,
@@ -208,10 +212,10 @@ def classify(args, prep, name, branches, own_only=False):
 
 
 def score_branch(args, prep, name):
-    """A branch's scores [N, P]; saves the logits of Stage 1's head."""
+    """A branch's scores [N, P] before and after projection; saves the logits of Stage 1's head."""
     path = args.run / name / "projected.pt"
     model, meta = common.load_model(path, "03_project.py", args)
-    joint, _ = common.load_model(path, "03_project.py", args)  # before projection
+    joint = copy.deepcopy(model)  # before projection
     joint.p.data = common.load(path, "03_project.py")["p_joint"].to(args.device)
 
     def both(x):
@@ -222,7 +226,7 @@ def score_branch(args, prep, name):
     s = common.batched(both, prep, rows, args.device, f"{name}: scores")
     before, after = s.chunk(2, dim=1)
     for step, s in ((f"{name}-joint", before), (f"{name}-projected", after)):
-        s = s[prep.val | prep.test].to(args.device)
+        s = s[prep.later].to(args.device)
         logits = model.logits(s).detach().cpu().numpy()
         save_classifier(args, prep, step, logits, model.classes, [made])
     return SimpleNamespace(
@@ -249,7 +253,7 @@ def main():
     if not names:
         sys.exit(f"{args.run} holds no trained model: run 02_train_joint.py first")
 
-    later, branches = np.flatnonzero(prep.val | prep.test), {}
+    later, branches = np.flatnonzero(prep.later), {}
     for name in [n for n in names if n in BOXES]:
         path = args.run / name / "joint.pt"
         model, meta = common.load_model(path, "02_train_joint.py", args)
@@ -258,14 +262,14 @@ def main():
 
     for name in [n for n in names if n not in BOXES]:
         branches[name] = score_branch(args, prep, name)
-        classify(args, prep, name, [branches[name]])
+        fit_classifier(args, prep, name, [branches[name]])
 
     if all(b in branches for b in BRANCHES):
         three = [branches[b] for b in BRANCHES]
         if len({branch.cfg.recipe for branch in three}) > 1:
             sys.exit(f"{args.run} holds branches of both recipes: train them with one of them")
-        classify(args, prep, "fusion", three)
-        classify(args, prep, "fusion-own", three, own_only=True)
+        fit_classifier(args, prep, "fusion", three)
+        fit_classifier(args, prep, "fusion-own", three, own_only=True)
     merge(args, prep, "macro", BRANCHES)
     merge(args, prep, "blackbox-macro", [f"blackbox-{b}" for b in BRANCHES])
     print(f"{args.run}: classifiers of {', '.join(names)} -> {args.run}/classifiers")

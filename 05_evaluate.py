@@ -1,4 +1,4 @@
-"""Stage 05, evaluation (paper 4.1-4.3): macro-AUROC on fold 10, Tables 1 and 2.
+"""Script 05, evaluation (paper 4.1-4.3): macro-AUROC on fold 10, Tables 1 and 2.
 
 reads   PREP/*.npy, preprocess.json; RUN/MODEL/prototypes.json, log.jsonl;
         RUN/classifiers/*.pt, cases/*

@@ -1,4 +1,4 @@
-"""Stage 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a page for clinicians.
+"""Script 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a page for clinicians.
 
 ECGs are drawn as on clinical paper. What a prototype looks at is blue: 0.94 s of all leads
 (partial), the strip (1D), or nothing, as it is all of it (global). A page says how similarities

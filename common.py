@@ -2,7 +2,7 @@
 model and Eq. (1) (3.3), AUROC; then finished runs, flags and files.
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities,
-W [C, P] weights, y [B, C] labels.
+W [C, F] weights of F pieces of evidence (F = P where they are the prototypes), y [B, C] labels.
 """
 import argparse
 import ctypes
@@ -48,7 +48,8 @@ GROUPS = {
     "all": CODES,
 }
 
-# Every model that can be trained: (kind of prototype, label group)
+# Every model that can be trained: (kind of prototype, label group). blackbox-2d differs from
+# blackbox-1d by its start from ImageNet alone
 MODELS = {
     "rhythm": ("1d", "rhythm"), "morphology": ("partial", "morphology"),
     "global": ("global", "global"),
@@ -117,7 +118,7 @@ class Config:
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stage 2
     rounds: int = 1              # how often to run Stages 1 and 2; paper: twice (--round 2)
-    unique: bool = True          # ours: no two prototypes of a class on the same window
+    unique: bool = True          # ours: prototypes of a class lie apart, if they can (03)
 
     @property
     def lambdas(self):
@@ -141,10 +142,10 @@ torch.backends.cudnn.allow_tf32 = False  # projection compares cosines near 1
 
 
 class Conv(nn.Conv1d):
-    """A 1D convolution of records that lie on the height axis of one image, [1, C, B, L].
+    """A 1D convolution as a 1 x k 2D one, the batch on the height axis: x [1, C, B, L].
 
-    So a CPU takes half the time. In the gradient oneDNN multiplies memory that it never wrote by
-    zero: NaN, where a NaN lay there.
+    On a CPU that is twice as fast. oneDNN multiplies memory that it never wrote by zero in the
+    gradient of the weights: NaN, where a NaN lay there, so NaN becomes 0.
     """
 
     def forward(self, x):
@@ -244,16 +245,16 @@ class BlackBox(nn.Module):
         self.linear = nn.Linear(self.backbone.channels * (1 + both), len(classes))
 
     def features(self, x):
-        """x [B, 12, 1000] mV -> h [B, 512, 32]."""
+        """x [B, 12, 1000] mV -> h [B, 8 * width, 32]."""
         return self.backbone((x - self.mean) / self.std)
 
-    def classify(self, h):
-        """h [B, 512, 32] -> logits [B, C]."""
+    def linear_logits(self, h):
+        """h [B, 8 * width, 32] -> logits [B, C]."""
         return self.linear(self.dropout(pool_over_time(h, self.pool).squeeze(2)))
 
     def forward(self, x):
         """x [B, 12, 1000] mV -> logits [B, C]."""
-        return self.classify(self.features(x))
+        return self.linear_logits(self.features(x))
 
 
 class ProtoECGNet(BlackBox):
@@ -266,7 +267,7 @@ class ProtoECGNet(BlackBox):
     """
 
     def __init__(self, kind, classes, per_class, cfg):
-        super().__init__(CODES, cfg)
+        super().__init__(CODES, cfg)  # its linear layer is for all 71 labels
         self.kind, self.classes = kind, list(classes)
         self.a = cfg.a[list(WINDOW).index(kind)]
         self.top_k = cfg.top_k if kind == "partial" else 1
@@ -298,7 +299,7 @@ class ProtoECGNet(BlackBox):
         return self.to_latent(self.features(x))
 
     def to_latent(self, h):
-        """h [B, 512, 32] -> z [B, D, L]; the 1D branch pools over time first: L = 1."""
+        """h [B, 8 * width, 32] -> z [B, D, L]; the 1D branch pools over time first: L = 1."""
         return self.add_on(pool_over_time(h, self.pool) if self.kind == "1d" else h)
 
     def scores(self, z):
@@ -389,8 +390,8 @@ def similarities(head, x):
 
 
 def evidence(s, A, counts=True):
-    """What the weights of Eq. (10) see, their pieces of evidence: s [N, P], A [P, F] -> [N, F], the
-    mean similarity to the prototypes of each piece that count [N, P]; NaN if none does."""
+    """The mean similarity to the prototypes of each piece of evidence: s [N, P], A [P, F] whose
+    they are -> [N, F]. Only those that count [N, P]; NaN if none does."""
     counts = np.broadcast_to(counts, s.shape).astype(np.float64)
     with np.errstate(invalid="ignore"):
         return (s * counts) @ A / (counts @ A)
@@ -404,7 +405,7 @@ def explain(heads, x, patient=None):
     results = []
     for head in heads:
         s = similarities(head, np.array(x)[None])[0]  # [P]
-        patients = np.array([q["patient"] for q in head.prototypes])  # -1: all records count
+        patients = np.array([q["patient"] for q in head.prototypes])  # -1: counts for everyone
         counts = (patients != patient) | (patients < 0)
         mean_s = evidence(s[None], head.A, counts)[0]  # [F]
         terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
@@ -477,8 +478,8 @@ def parse(p):
         setattr(args, k, getattr(args, k, None) or Path(folder))
     torch.set_flush_denormal(True)  # weights that decay below 1e-38 slow a CPU down
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: a step's memory is kept
-        libc.mallopt(-1, 2**31 - 1)  # for the next, which a fifth of its time went into
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: keep freed memory,
+        libc.mallopt(-1, 2**31 - 1)  # as to ask for it anew took a fifth of each step
     if args.threads:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads, user_api="blas")
@@ -540,8 +541,8 @@ def load(path, maker, args=None):
         assert meta["format"] == FORMAT and isinstance(meta["made_from"], dict)
     except Exception:  # numpy, torch and json raise many kinds for a damaged file
         sys.exit(f"{path} is damaged, or not a file of this version: run {maker} again")
-    for name, fingerprint in meta["made_from"].items() if args else ():
-        folder = args.prep if name == "preprocess.json" else args.run
+    for name, fingerprint in meta["made_from"].items():
+        folder = args and (args.prep if name == "preprocess.json" else args.run)
         if folder and (not (folder / name).is_file() or file_hash(folder / name) != fingerprint):
             sys.exit(f"{path} was made from another {folder / name}: delete it, run {maker} again")
     return value
@@ -579,7 +580,7 @@ def hardware(device):
 
 def load_prep(folder):
     """The arrays of 01 as a namespace: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71],
-    folds, ecg_ids, patient_ids [N], row_of {ecg_id: row}, train, val, test [N] bool, info
+    folds, ecg_ids, patient_ids [N], row_of {ecg_id: row}, train, val, test, later [N] bool, info
     (preprocess.json) and path, whose fingerprint stands for all of them."""
     path, maker = folder / "preprocess.json", "01_preprocess.py"
     info = load(path, maker)
@@ -592,6 +593,7 @@ def load_prep(folder):
     if len(prep.signals) != len(prep.labels):
         sys.exit(f"{folder}/signals.npy does not belong to {path}: run {maker} again")
     prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10
+    prep.later = ~prep.train
     prep.row_of = {e: i for i, e in enumerate(prep.ecg_ids.tolist())}
     return prep
 
