@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import textwrap
+from fractions import Fraction
 from html import escape
 from pathlib import Path
 
@@ -43,6 +44,7 @@ STEP = 25 / RATE  # mm a sample, at 25 mm/s
 LEFT, WIDTH = 15, 270  # mm: where traces begin, and the paper's width
 PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
 MARGIN = 13.5  # mm, of a sheet
+SAID = "label", "classifier", "probability", "threshold", "predicted", "logit"
 BLUE, ORANGE, GREY = "#0b4f8a", "#d55e00", "#888888"
 
 
@@ -78,7 +80,7 @@ def whole(x, kind, windows=()):
     rows.append([(1, x[1])])
     scene = paper(rows, WIDTH, 106, STEP, 62.5, "25 mm/s, high-pass 0.5 Hz")
     if kind == "1d":
-        top = min(y.min() for _, _, y in scene["traces"][-2:]) - 2
+        top = max(60, min(y.min() for _, _, y in scene["traces"][-2:]) - 2)
         scene["boxes"].append((LEFT - 1, top, 252, 100 - top, True))
     if kind == "partial":
         for rank, (first, end) in enumerate(windows):
@@ -154,7 +156,7 @@ def sheet(title, text, items):
     """A page as SVG: title, text, then from top to bottom `items`: rows of scenes, lines of text
     of which the first is a heading, or lists of bars (what, value, more)."""
     bold, lines = ' font-weight="bold"', textwrap.wrap(text, 145)
-    shapes = [letters(MARGIN, 10, 5, title, bold)]
+    shapes = [letters(MARGIN, 10, 4.5, title, bold)]
     shapes += [letters(MARGIN, 17 + 5 * i, 3.5, line) for i, line in enumerate(lines)]
     y = 19 + 5 * len(lines)
     for item in items:
@@ -175,7 +177,7 @@ def sheet(title, text, items):
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"><style>
+  content="default-src 'none'; style-src 'unsafe-inline'"><style>
 body { font: 16px/1.4 sans-serif; margin: 8px }
 """
 
@@ -231,12 +233,17 @@ def read_wfdb(path, start=0.0):
         fs, length, first = header.fs, header.sig_len, round(start * header.fs)
         end = length and min(length, first + int(np.ceil(10 * fs)))  # None: not in the header
         record = wfdb.rdrecord(path, sampfrom=first, sampto=end)
-        text = Path(f"{path}.hea").read_text("latin-1")
-        no_gain = re.search(r"^\S+ \S+ 0(\.0+)?[(/ ]", text, re.MULTILINE)
+        lines = [line.split() for line in Path(f"{path}.hea").read_text("latin-1").splitlines()]
+        gains = [line[2] for line in lines if len(line) > 2 and line[-1].upper() in LEADS]
+        no_gain = 0 in [float(re.split("[(/]", gain)[0]) for gain in gains]
     except Exception as e:  # wfdb raises many kinds on a damaged file
         reason = str(e).splitlines()[0] if str(e) else ""
         sys.exit(f"{path} is not a record that wfdb can read ({type(e).__name__}: {reason}): its "
                  ".hea is text, where dates, and dots and spaces in names, can be mended")
+    frames = getattr(header, "samps_per_frame", None) or [1]
+    if record.p_signal is None or not 50 <= fs <= 10_000 or max(frames) > 1:
+        sys.exit(f"{path} has no signals, {fs:g} Hz, or leads of several rates: it must have 50 to "
+                 "10,000 Hz, one sample a frame")
     seconds = len(record.p_signal) / fs
     if seconds < 9.98:
         sys.exit(f"{path} has {seconds:.3f} s from {start:g} s on: the model needs 10 s")
@@ -251,7 +258,8 @@ def read_wfdb(path, start=0.0):
         if not np.all(np.abs(x[-1] - np.median(x[-1])) < 50):
             sys.exit(f"{path} cannot be used: lead {lead}, in {unit}, has missing samples (try "
                      "--start), exceeds 50 mV or its unit is none of mV, uV, V")
-    x = resample_poly(x, 1000 * RATE, round(1000 * fs), axis=1, padtype="line")[:, :SAMPLES]
+    up, down = Fraction(RATE / fs).limit_denominator(20_000).as_integer_ratio()
+    x = resample_poly(x, up, down, axis=1, padtype="line")[:, :SAMPLES]
     height = np.ptp(x, axis=1)
     if height.max() < 0.1:
         sys.exit(f"{path} is flat, or its gain or unit is wrong: no lead is 0.1 mV high")
@@ -296,8 +304,9 @@ def page(case, x, r, head, top, words):
     verdict = "predicted" if r["predicted"] else "not predicted"
     known = "; ".join(words[c] for c in case["true_labels"] or []) or "not known"
     text = " ".join([
-        f"Probability {shown(r['probability'])}, predicted from {shown(r['threshold'])} on, by the "
-        f"{r['classifier']} classifier. True labels: {known}.", *case["notes"],
+        f"{case['title']}. Probability {shown(r['probability'])}, predicted from "
+        f"{shown(r['threshold'])} on, by the {r['classifier']} classifier. True labels: {known}.",
+        *case["notes"],
         "For research, not for clinical use."])
     by_id = {(q["model"], q["index"]): q for q in head.prototypes}
     pairs, first = [], None
@@ -317,7 +326,7 @@ def page(case, x, r, head, top, words):
         else:
             pairs.append([whole(q["x"], q["kind"])])
     ecg, heading = [whole(x, *first or ("global", []))], "What speaks for and against it"
-    title = f"{case['title']}: {words[r['label']]} {verdict}"
+    title = f"{head.mark}{words[r['label']]} {verdict}"
     return title, text, [ecg, heading, bars_of(r), *pairs]
 
 
@@ -332,10 +341,7 @@ def write_case(args, heads, words, x, case, results):
     """Write NAME.html, a page to print for each label that is predicted or asked for, and JSON."""
     explained = [r for r in results if r["predicted"]] or results[:1]
     if args.label:
-        known = {r["label"]: r for r in results}
-        for code in set(args.label) - set(known):
-            sys.exit(f"{args.run} has no label {code}, but {', '.join(sorted(known))}")
-        explained = [known[code] for code in args.label]
+        explained = [r for r in results if r["label"] in args.label]
     path = args.run / "cases" / f"{case['name']}.html"
     text = (PAGE + CASE).replace("TITLE", escape(case["title"]))
     by_name = {head.name: head for head in heads}
@@ -343,10 +349,9 @@ def write_case(args, heads, words, x, case, results):
         text += sheet(*page(case, x, r, by_name[r["classifier"]], args.top, words))
     common.save(path, text)
     inputs = [(args.run / f"classifiers/{head.name}.pt", vars(head)) for head in heads]
-    keys = "label", "probability", "threshold", "predicted", "logit"
     common.save(path.with_suffix(".json"), {
         **common.provenance(args, *inputs), **case, "explained": explained,
-        "labels": [{key: r[key] for key in keys} for r in results],
+        "labels": [{k: r[k] for k in SAID} for r in results],
         "descriptions": heads[0].descriptions})
     said = [f"{words[r['label']]} {shown(r['probability'])}" for r in explained]
     print(" ".join([f"{args.run}: {case['title']}: {', '.join(said)} -> {path}", *case["notes"]]))
@@ -354,38 +359,46 @@ def write_case(args, heads, words, x, case, results):
 
 def explain_records(args, heads, words):
     """Explain own WFDB records: pages and records.csv; ends with those that cannot be used."""
-    paths = dict.fromkeys(re.sub(r"\.(hea|dat|mat)$", "", path) for path in args.record)
+    paths = {}
+    for path in args.record:  # of my/* only what has a header
+        stem = re.sub(r"\.(hea|dat|mat)$", "", path)
+        if len(args.record) == 1 or Path(f"{stem}.hea").is_file() or not Path(path).exists():
+            paths[stem] = os.fsencode(stem).decode("utf-8", "replace")
     prototypes = [q for head in heads for q in head.prototypes]
     rows, failed = [], []
-    for path in tqdm(paths, "records", disable=None):
+    for path, said in tqdm(paths.items(), "records", disable=None):
         try:
             x, notes = read_wfdb(path, args.start)
         except SystemExit as e:
             failed.append(str(e))
             continue
+        if args.start:
+            notes.append(f"From {args.start:g} s on.")
         patient = None
         for q in prototypes:  # PTB-XL's ECGs are in other data sets too, at other rates
-            if patient is None and np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.95:
+            if patient is None and np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.75:
                 patient = q["patient"]
-                notes.append(f"This is training ECG {q['ecg_id']}: prototypes of its patient do "
-                             "not count.")
+                notes.append(f"This is training ECG {q['ecg_id']}.")
+                if patient >= 0:
+                    notes.append("Prototypes of its patient do not count.")
         results = common.explain(heads, x, patient)
         for r in results:
             pieces = [f"{q['class']} {q['contribution']:+.2f}" for q in r["pieces"][:3]]
-            rows.append({"record": path, "label": r["label"], "probability": r["probability"],
-                         "threshold": r["threshold"], "predicted": int(r["predicted"]),
-                         "pieces": "; ".join(pieces), "notes": " ".join(notes)})
+            rows.append({"record": said, **{k: r[k] for k in SAID}, "pieces": "; ".join(pieces),
+                         "notes": " ".join(notes)})
         if len(paths) == 1 or args.pages:
-            digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:6]
-            name = re.sub(r"\W+", "-", Path(path).name).strip("-")
+            place = f"{os.path.abspath(path)} {args.start}".encode("utf-8", "surrogateescape")
+            name = re.sub(r"\W+", "-", Path(said).name).strip("-")[:60]
             write_case(args, heads, words, x, {
-                "name": f"record-{name}-{digest}", "title": f"{heads[0].mark}record {path[-70:]}",
-                "true_labels": None, "ecg_id": None, "record": path, "notes": notes}, results)
-    table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6f")
-    common.save(args.run / "cases/records.csv", table)
+                "name": f"record-{name}-{hashlib.sha256(place).hexdigest()[:6]}",
+                "title": f"{heads[0].mark}record {said[-70:]}", "true_labels": None,
+                "ecg_id": None, "record": said, "notes": notes}, results)
+    if len(paths) > 1 and rows:
+        table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6f")
+        common.save(args.run / "cases/records.csv", table)
+        print(f"{args.run}: {len(paths) - len(failed)} records -> {args.run}/cases/records.csv")
     if failed:
         sys.exit("\n".join(failed))
-    print(f"{args.run}: {len(paths)} records -> {args.run}/cases/records.csv")
 
 
 CASE = """@page { size: A4; margin: 0 }
@@ -404,7 +417,8 @@ def review(args, heads, prototypes, words):
     made = [head.made_from[f"{model}/projected.pt"] for head in heads for model in head.branches]
     data = {"run": str(args.run), "made": made, "words": words, "items": items}
     data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # ends no script
-    page = (PAGE + REVIEW).replace("TITLE", "Prototype review").replace("DATA", data)
+    page = (PAGE + REVIEW).replace("TITLE", "Prototype review").replace(
+        "style-src", "script-src 'unsafe-inline'; style-src").replace("DATA", data)
     common.save(args.run / "review.html", page)
     print(f"{args.run}: {len(items):,} prototypes -> {args.run / 'review.html'}")
 
@@ -441,7 +455,7 @@ function make(parent, tag, attributes, text = "") {  // text never meets the HTM
   e.textContent = text;
   return e;
 }
-const rating = q => ratings[q.id] ?? {class: q.class, ...empty};
+const rating = q => ({class: q.class, ...empty, ...ratings[q.id]});
 function done(q) {
   const {mark, representativeness, clarity} = rating(q);
   return mark === "label-error" || representativeness && clarity;
@@ -524,6 +538,9 @@ def main():
     if args.top < 1 or set(args.model or ()) & set(BOXES):
         p.error("--top must be at least 1, and black boxes have no prototypes")
     heads = common.load_run(args.run, args.model, args.device)
+    known = {c for head in heads for c in head.classes}
+    for code in set(args.label or ()) - known:
+        sys.exit(f"{args.run} has no label {code}, but {', '.join(sorted(known))}")
     words = {c: f"{text} ({c})" for c, text in heads[0].descriptions.items()}
     prototypes = [q for head in heads for q in head.prototypes]
     prototypes.sort(key=lambda q: CODES.index(q["class"]))

@@ -1,5 +1,6 @@
 """06_plot_prototypes.py: true millimetres, the marked place, sums that give the logit, own records,
 hostile text, and the review page in a real browser (skipped where there is none)."""
+import contextlib
 import csv
 import json
 import re
@@ -234,7 +235,7 @@ def test_a_page_says_and_shows_what_was_computed(made, model):
     r = common.explain(heads, x)[0]
     title, text, (above, _, bars, *pairs) = plot.page(case, x, r, head, 1, made.words)
     verdict = "predicted" if r["predicted"] else "not predicted"
-    assert title == f"an ECG: {made.words[r['label']]} {verdict}"
+    assert title == f"{head.mark}{made.words[r['label']]} {verdict}" and text.startswith("an ECG. ")
     assert f"True labels: {made.words['SR']}; {made.words['IMI']}. A note. For res" in text
     assert f"Probability {r['probability']:.3f}, predicted from {r['threshold']:.3f} on" in text
     values = [value for _, value, _ in bars]
@@ -337,7 +338,8 @@ def test_own_records_of_any_rate_unit_and_order(tmp_path, fs, units, scale, name
 
 def test_own_records_need_the_run_alone(made, monkeypatch, tmp_path, capsys):
     """One has a page; of several, all are in records.csv, and the bad ones named at the end."""
-    paths = [write_record(tmp_path / patient, 500, 11.0) for patient in ("x-y/z", "x/y-z", "ü (2)")]
+    folders = "x-y/z", "x/y-z", "ü (2)"
+    paths = [write_record(tmp_path / folder, 500, 11.0) for folder in folders]
     for path in paths:  # records of one name keep their explanations
         run_stage(monkeypatch, NAME, *made.alone, "--record", f"{path}.hea", "--top", 1)
         assert f"record {path[-70:]}: " in capsys.readouterr().out
@@ -353,6 +355,8 @@ def test_own_records_need_the_run_alone(made, monkeypatch, tmp_path, capsys):
 
     bad = write_record(tmp_path / "bad", seconds=5)
     everything = [f"{path}{end}" for path in (*paths, bad) for end in (".dat", ".hea")]
+    (tmp_path / "RECORDS").write_text("own")  # lies beside records, and is none
+    everything.append(str(tmp_path / "RECORDS"))
     pages = set((made.run / "cases").iterdir())
     text = refused(monkeypatch, *made.alone, "--record", *everything)
     assert bad in text and "5.000 s" in text and paths[0] not in text
@@ -360,12 +364,17 @@ def test_own_records_need_the_run_alone(made, monkeypatch, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [r["record"] for r in rows] == [path for path in paths for _ in case["labels"]]
     for row, r in zip(rows[-len(case["labels"]):], case["labels"]):
-        assert row["label"] == r["label"] and row["predicted"] == str(int(r["predicted"]))
+        assert row["label"] == r["label"] and row["predicted"] == str(r["predicted"])
         assert float(row["probability"]) == pytest.approx(r["probability"], abs=1e-6)
     first = case["explained"][0]["pieces"][0]
     said = f"{first['class']} {first['contribution']:+.2f}"
     assert rows[-len(case["labels"])]["pieces"].startswith(said)
-    assert set((made.run / "cases").iterdir()) == pages
+    assert set((made.run / "cases").iterdir()) - pages == {made.run / "cases/records.csv"}
+    before = (made.run / "cases/records.csv").read_bytes()
+    for one in (["nosuch"], [paths[0]]):  # neither a typo nor one look changes it
+        with pytest.raises(SystemExit) if one == ["nosuch"] else contextlib.nullcontext():
+            run_stage(monkeypatch, NAME, *made.alone, "--record", *one)
+    assert (made.run / "cases/records.csv").read_bytes() == before
 
 
 def test_a_training_ecg_is_known_again(made, monkeypatch, tmp_path, capsys):
@@ -374,7 +383,8 @@ def test_a_training_ecg_is_known_again(made, monkeypatch, tmp_path, capsys):
     x = made.prep.signals[made.prep.row_of[q["ecg_id"]]]
     path = write_record(tmp_path, 500, signal=resample_poly(x, 5, 1, axis=1))
     run_stage(monkeypatch, NAME, *made.alone, "--record", path)
-    assert f"This is training ECG {q['ecg_id']}" in capsys.readouterr().out
+    said = f"This is training ECG {q['ecg_id']}. Prototypes of its patient do not count."
+    assert said in capsys.readouterr().out
     case = next(json.loads(file.read_text()) for file in (made.run / "cases").glob("record-*.json")
                 if path in file.read_text())
     assert not [each for r in case["explained"] for piece in r["pieces"]
@@ -406,6 +416,18 @@ def test_headers_as_published_sets_have_them(tmp_path):
         assert "Not calibrated" in notes[0] and np.abs(x - 25 * want)[:, 20:-20].max() < 0.3
     with pytest.raises(SystemExit, match="2020.*dates"):
         plot.read_wfdb(changed(write_record(tmp_path), " 100 1000", " 100 1000 0:0:0 2020-05-01"))
+
+
+def test_headers_that_would_give_wrong_signals_are_refused(tmp_path):
+    frames = changed(write_record(tmp_path / "frames", 500), ".dat 16 ", ".dat 16x5 ")
+    none = changed(write_record(tmp_path / "none", 500), "own 12 ", "own 0 ")
+    for path in (changed(frames, " 500 5000", " 100 1000"), none):
+        with pytest.raises(SystemExit, match="one sample a frame"):
+            plot.read_wfdb(path)
+    path = write_record(tmp_path / "extra", names=["x", *LEADS])
+    header = Path(f"{path}.hea")
+    header.write_text(re.sub(r"5000.0\(0\)(.*x)", r"0(0)\1", header.read_text(), count=1))
+    assert plot.read_wfdb(path)[1] == []  # not of a lead that is used
 
 
 def test_segments_a_gap_and_the_start_in_a_long_record(tmp_path):
@@ -452,7 +474,7 @@ def test_flat_leads_are_named_and_flat_records_refused(tmp_path):
     (dict(seconds=9.9), "9.900 s"), (dict(units="mmHg"), "mmHg"),
     (dict(units="\u00b5V", scale=1000), "50 mV"),  # which wfdb reads as V
     (dict(signal=np.where(np.arange(12)[:, None] == 7, np.nan, heartbeats())), "lead V2"),
-    (dict(signal=100 * heartbeats(), gain=100), "50 mV")])
+    (dict(signal=100 * heartbeats(), gain=100), "50 mV"), (dict(fs=25), "25 Hz")])
 def test_own_records_that_cannot_be_used(tmp_path, how, says):
     path = write_record(tmp_path, **how)
     with pytest.raises(SystemExit) as e:
