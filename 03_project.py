@@ -6,7 +6,7 @@ and its patch). What it costs in AUROC is seen in 04, which fits a classifier to
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/joint.pt
 writes  RUN/MODEL/projected.pt; prototypes.json: of each prototype class, ecg_id, window, samples,
-        similarity and all labels of the source; prototypes.npy: the ECGs themselves
+        similarity and all labels of the source; prototypes.npy.gz: the ECGs themselves
 
     python 03_project.py                     every prototype model of the run
     python 03_project.py --model rhythm      one of them
@@ -80,7 +80,7 @@ def main():
         gap = float(np.mean([1 - cosine for _, _, cosine in found]))
         distinct = len({(q["class"], q["ecg_id"], q["window"]) for q in prototypes})
         microvolt = (1000 * prep.signals[source]).round().clip(-32768, 32767)  # [P, 12, 1000]
-        common.save(path.with_name("prototypes.npy"), microvolt.astype(np.int16))
+        common.save(path.with_name("prototypes.npy.gz"), microvolt.astype(np.int16))
         meta = {**meta, **common.provenance(args, (path, meta))}
         path = path.with_name("projected.pt")
         state = {k: v.cpu() for k, v in model.state_dict().items()}

@@ -6,7 +6,7 @@ lead from the logit of the average training record to that of this one, without 
 same patient.
 
 reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
-        RUN/MODEL/projected.pt, prototypes.json, prototypes.npy; PREP for --case alone
+        RUN/MODEL/projected.pt, prototypes.json, prototypes.npy.gz; PREP for --case alone
 writes  RUN/figures/gallery.html; RUN/cases/NAME.html, a page a label when printed, and NAME.json
         with all that it shows, records.csv; RUN/review.html
 

@@ -6,6 +6,7 @@ W [C, F] weights of F pieces of evidence (F = P where they are the prototypes), 
 """
 import argparse
 import ctypes
+import gzip
 import hashlib
 import io
 import json
@@ -371,7 +372,7 @@ def load_run(run, models=None, device="cpu"):
             head.networks.append(load_model(folder / "projected.pt", maker, args)[0])
             info = load(folder / "prototypes.json", maker, args)
             patients = head.networks[-1].p_patient.tolist()
-            ecgs = load(folder / "prototypes.npy", maker)  # uV
+            ecgs = load(folder / "prototypes.npy.gz", maker)  # uV
             for q, x, patient in zip(info["prototypes"], ecgs, patients):
                 more = {"model": branch, "kind": info["kind"], "patient": patient, "x": x / 1000}
                 head.prototypes.append({**q, **more})
@@ -509,10 +510,11 @@ FORMAT = 2  # raised when the layout of a file changes
 
 
 def save(path, value):
-    """Write a .npy array, a .pt or .json value, text or bytes; `path` is replaced at once."""
+    """Write a .npy or .npy.gz array, a .pt or .json value, text or bytes; `path` is replaced at
+    once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()  # torch would write the temporary name into the file
-    if path.suffix == ".npy":
+    if ".npy" in path.suffixes:
         np.save(content, value, allow_pickle=False)
     elif path.suffix == ".pt":
         torch.save(value, content)
@@ -520,8 +522,11 @@ def save(path, value):
         content.write(json.dumps(value, indent=1, allow_nan=False).encode())
     else:
         content.write(value.encode() if isinstance(value, str) else value)
+    content = content.getvalue()
+    if path.suffix == ".gz":
+        content = gzip.compress(content, mtime=0)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.getbuffer())
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
@@ -533,6 +538,8 @@ def load(path, maker, args=None):
     try:
         if path.suffix == ".npy":
             return np.lib.format.open_memmap(path, "c")  # no pickle, no archive
+        if path.suffix == ".gz":
+            return np.lib.format.read_array(gzip.open(path), allow_pickle=False)
         if path.suffix == ".pt":
             value = torch.load(path, map_location="cpu", weights_only=True)
         else:

@@ -44,7 +44,7 @@ def test_prototypes_are_real_windows_of_their_class_in_folds_1_to_8(tiny_prep, p
     prep = tiny_prep()
     folder = project(prep, model, unique=False)
     (before, _), (net, _) = loaded(folder, "joint"), loaded(folder, "projected")
-    found, x = described(folder), np.load(folder / "prototypes.npy")
+    found, x = described(folder), common.load(folder / "prototypes.npy.gz", "")
     z, rows = training_latents(net, prep)
     assert x.dtype == np.int16 and len(x) == len(found["prototypes"]) == len(net.p)
     windows = z.double().unfold(2, net.p.shape[2], 1).transpose(1, 2).flatten(2)  # [N, ., D T]

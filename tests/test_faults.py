@@ -249,7 +249,7 @@ INPUTS = [
     (BOX_02, "prep/labels.npy"), ("03_project", "prep/preprocess.json"),
     ("03_project", "run/rhythm/joint.pt"), ("04_fusion --model rhythm", "run/rhythm/projected.pt"),
     ("05_evaluate", "run/rhythm/prototypes.json"), *(("06_plot_prototypes", f"run/{f}") for f in (
-        "rhythm/projected.pt", "rhythm/prototypes.npy", "classifiers/rhythm.pt"))]
+        "rhythm/projected.pt", "rhythm/prototypes.npy.gz", "classifiers/rhythm.pt"))]
 SPOILED = [(*each, how) for each in INPUTS for how in ("missing", "truncated", "foreign")]
 SPOILED += [(command, "prep/signals.npy", "NaN") for command in (BOX_02, "03_project", "04_fusion")]
 SPOILED += [("05_evaluate", "run/classifiers/rhythm.pt", how) for how in ("truncated", "foreign")]

@@ -229,3 +229,23 @@ def test_a_run_is_measured(tmp_path, monkeypatch):
     found = json.loads((run / "faithfulness.json").read_text())
     assert set(found) == {*common.BRANCHES, "fusion"} and found["rhythm"]["duplicates"] == 0
     assert {"logit drop, cut", "window, wander"} <= set(found["morphology"])
+
+
+# ---- pack.py
+
+def test_a_packed_run_says_the_same_and_holds_no_more_ecgs_than_it_must(tmp_path, monkeypatch):
+    prep = write_prep(tmp_path / "prep")
+    run, out = write_run(monkeypatch, tmp_path / "run", prep), tmp_path / "out"
+    run_stage(monkeypatch, "05_evaluate", "--run", run, "--prep", tmp_path / "prep")
+    run_stage(monkeypatch, "pack", "--run", run, "--out", out)
+    x = prep.signals[:20]
+    ours, theirs = (common.predict(common.load_run(folder), x) for folder in (run, out))
+    np.testing.assert_allclose(ours, theirs, atol=0.01)
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files == {"README.md", "classifiers/fusion.pt", *(
+        f"{b}/{f}" for b in common.BRANCHES
+        for f in ("projected.pt", "prototypes.json", "prototypes.npy.gz"))}
+    kept = common.load(out / "classifiers/fusion.pt", "")
+    assert "logits" not in kept and kept["W"].dtype == torch.float64
+    text = (out / "README.md").read_text()
+    assert "python 04_fusion.py" in text and "CC BY 4.0" in text and "{" not in text
