@@ -16,8 +16,8 @@ writes  RUN/MODEL/joint.pt, log.jsonl (a line an epoch, epoch 0 is the start); l
     python 02_train_joint.py --set width=64 epochs=30 --run runs/wide    other settings
                                                   (Config in common.py lists and explains them)
 
-Takes three quarters of an hour on 2 CPU cores with AVX512-bf16.
-Last line: `runs/default: rhythm 0.9600, morphology 0.9000, global 0.9300 (fold-9 macro-AUROC)`.
+Takes about an hour on 2 CPU cores with AVX512-bf16.
+Last line: `runs/default: rhythm 0.9600, morphology 0.9000, global 0.9400 (fold-9 macro-AUROC)`.
 """
 import copy
 import json
