@@ -5,7 +5,7 @@ writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered;
         labels [N, 71]; folds, ecg_ids, patient_ids [N]; preprocess.json
 
     python 01_preprocess.py     all records; --records 3000: the first
-Last line: `runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
+Takes a minute. Last line: `runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
 """
 import sys
 from itertools import islice

@@ -132,9 +132,9 @@ def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
     near = (C * S).sum() / C.sum()
     far = ((1 - C) * S).sum() / (1 - C).sum().clamp_min(1e-12)
     cntrst = -(near - far) / 2  # Eq. (7)
-    l_clst, l_sep, l_div, l_cntrst = lambdas
-    total = (L_bce + l_clst * clst + l_sep * sep + l_div / P**2 * div
-             + l_cntrst / P**0.5 * cntrst)  # Eq. (2)
+    lambda_clst, lambda_sep, lambda_div, lambda_cntrst = lambdas
+    total = (L_bce + lambda_clst * clst + lambda_sep * sep + lambda_div / P**2 * div
+             + lambda_cntrst / P**0.5 * cntrst)  # Eq. (2)
     return {"total": total, "bce": L_bce, "clst": clst, "sep": sep, "div": div, "cntrst": cntrst}
 
 
@@ -165,8 +165,10 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         x = augment(x) if cfg.augment else x
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
             h = model.features(x)  # [B, 8 * width, 32]
-            s = None if boxed else model.scores(model.to_latent(h))  # [B, P]
-            m = model.linear_logits(h) if boxed or cfg.auxiliary else None  # [B, C], or [B, 71]
+            if not boxed:
+                s = model.scores(model.to_latent(h))  # [B, P]
+            if boxed or cfg.auxiliary:
+                m = model.linear_logits(h)  # [B, C], of prototype models [B, 71]
         if boxed:
             loss = {"total": bce(m.to(y), y, data.w)}
         else:

@@ -81,7 +81,7 @@ def newton(X, y, l1, l2, v):
     def objective(v):
         m = X @ v
         bce = np.mean(np.logaddexp(0, m) - y * m)
-        return bce + l2 @ v**2 / 2 + l1 @ np.abs(v)
+        return bce + l2 @ v**2 / 2 + l1 @ np.abs(v)  # Eq. (10)
 
     value = objective(v)
     for _ in range(ROUNDS):

@@ -93,11 +93,10 @@ def macro(aurocs, codes, lowest=0):
     # A draw may lack rare classes: it moves the mean, in atanh, as much as it moves
     # that of the classes it has. `lowest` is -1 for differences.
     x = (2 * aurocs[:, columns(codes)] - 1 - lowest) / (1 - lowest)  # in [-1, 1]
-    same = np.where(np.isnan(x), np.nan, x[0])  # values of a draw's classes
-    means = np.nanmean([x, same], 2)
-    drawn, same = np.arctanh((1 - 1e-9) * means)
-    ends = np.tanh(drawn[0] + np.nanpercentile((drawn - same)[1:], [2.5, 97.5]))
-    three = (np.array([means[0, 0], *ends]) * (1 - lowest) + 1 + lowest) / 2
+    usual = np.where(np.isnan(x), np.nan, x[0])  # what a draw's classes have in the test set
+    drawn, usual = np.arctanh((1 - 1e-9) * np.nanmean([x, usual], 2))
+    ends = np.tanh(drawn[0] + np.nanpercentile((drawn - usual)[1:], [2.5, 97.5]))
+    three = (np.array([np.nanmean(x[0]), *ends]) * (1 - lowest) + 1 + lowest) / 2
     return [*map(rounded, three), int(np.isfinite(x[0]).sum()), len(codes)]
 
 
@@ -131,7 +130,7 @@ def numbers_of(p, aurocs, prep):
 def load_predictions(run, prep, args):
     """{name: what 04 saved, with logits val and test [., 71]}, final ones first."""
     place = SimpleNamespace(run=run, prep=args.prep)
-    test, found = prep.test[prep.val | prep.test], {}
+    test, found = prep.test[prep.later], {}
     for path in sorted((run / "classifiers").glob("*.pt")):
         if not args.model or path.stem.startswith(tuple(args.model)):
             saved = common.load(path, "04_fusion.py", place)
@@ -420,11 +419,13 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <title>ProtoECGNet: RUN</title><style>
 body { font: 16px/1.5 sans-serif; max-width: 1200px; margin: auto; padding: 16px;
   overflow-wrap: anywhere }
-table { display: block; overflow-x: auto; white-space: nowrap }
+table { display: block; overflow-x: auto; white-space: nowrap; font-size: 14px;
+  border-collapse: collapse; margin: 16px 0 }
 th, td { padding: 2px 12px 2px 0; text-align: left; border-bottom: 1px solid #ccc }
 pre { white-space: pre-wrap }
 figure { margin: 0 }
 img, svg { max-width: 100%; height: auto }
+@page { size: A4; margin: 14mm }
 @media print {
   table { display: table; font-size: 7pt; white-space: normal; overflow-wrap: normal }
   h2, h3 { break-after: avoid } img, svg { max-height: 260mm }

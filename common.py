@@ -115,7 +115,7 @@ class Config:
     optimizer: str = "adamw"     # ours; paper: adam, whose weight decay is an L2 term
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
-    augment: bool = True         # amplitude, noise, wander, lost leads, shift, gap; paper: silent
+    augment: bool = True         # amplitude, noise, wander, lost leads, shift, blank; paper: silent
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stage 2
     rounds: int = 1              # how often to run Stages 1 and 2; paper: twice (--round 2)

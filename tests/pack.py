@@ -2,7 +2,7 @@
 precision, no logits, and of PTB-XL the prototypes' own ECGs alone.
 
     python tests/pack.py --run runs/default                    writes tests/pretrained
-    python tests/pack.py --run runs/demo --out /tmp/packed     another run, another folder
+    python tests/pack.py --run runs/demo --out packed          another run, another folder
 
 Then `python 06_plot_prototypes.py --run tests/pretrained --record my/ecg` needs nothing else.
 The model card, tests/pretrained/README.md, is made from RUN/metrics.json.
