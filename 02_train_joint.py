@@ -45,7 +45,7 @@ CHOICES = {
     "add_on": ["centred", "sigmoid"],
     "tie": ["class", "none"],
     "sampler": ["shuffle", "weighted"],
-    "head": ["own", "free", "frozen"],
+    "head": ["free", "frozen"],
     "optimizer": ["adam", "adamw"],
     "scheduler": ["cosine", "onecycle", "plateau"],
 }
@@ -163,6 +163,8 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
     for step, i in enumerate(order.to(data.rows.device).split(cfg.batch)):
         x, y = data.x[data.rows[i]], data.y[i]
         x = augment(x) if cfg.augment else x
+        if model.kind != "global" and epoch <= 0.8 * cfg.epochs:
+            x = x[:, :, :cfg.crop]  # from anywhere, as the shift was random; half the time
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
             h = model.features(x)  # [B, 8 * width, 32]
             if not boxed:
@@ -174,6 +176,9 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         else:
             loss = composite_loss(
                 model.logits(s), s, y, model.p, model.p_class, data.jaccard, cfg.lambdas, data.w)
+            if cfg.own:  # so that a label's own prototypes can speak for it alone
+                loss["own"] = bce(model.logits(s, own=True), y, data.w)
+                loss["total"] = loss["total"] + cfg.own * loss["own"]
             if cfg.auxiliary:
                 loss["auxiliary"] = bce(m.to(y), data.all_y[i])
                 loss["total"] = loss["total"] + cfg.auxiliary * loss["auxiliary"]
@@ -243,8 +248,6 @@ def train(meta, args, cfg, prep):
     data = load_data(model, args, cfg, prep)
     if model.kind != "blackbox" and cfg.head == "frozen":
         model.head.requires_grad_(False)
-    if model.kind != "blackbox" and cfg.head == "own":
-        model.head.weight.register_hook(lambda gradient: gradient * model.own)
     average = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
     steps = cfg.epochs * -(-len(data.rows) // cfg.batch)
     optimizer, scheduler = make_optimizer(model, cfg, steps)

@@ -36,7 +36,7 @@ from common import BRANCHES, CODES, GROUPS, MODELS, columns
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN: no such class
 DRAWS, SEED = 1000, 42  # of the bootstrap
 BATCH = 32  # the authors'
-RARE = 10  # fewer positives are rare
+RARE = 10  # fewer positives are rare: too few for a bootstrap, or to judge a difference by
 STEPS = "-joint", "-projected", "-unprojected"  # towards a final prediction
 PAPER = [  # setting, prediction, without and with contrastive loss, black box
     ("rhythm branch, 16 labels", "rhythm", .8730, .8758, "blackbox-rhythm", None),
@@ -83,24 +83,47 @@ def weighted_auroc(y, score, weights):
     return 0.5 + 0.5 * right / pairs
 
 
+def redraw_rare(aurocs, y, score):
+    """Draw the AUROCs [1 + D, 71] of rare labels anew, in place: y, score [N, 71].
+
+    A bootstrap of one to nine positives moves too little. So each draw moves such a label, up or
+    down, by the mean of as many deviations of positives, from all labels of its branch. All
+    predictions share what is drawn. tests/test_05_evaluate.py simulates what the intervals cover.
+    """
+    positives, draws = y.sum(0), len(aurocs) - 1
+    for branch in BRANCHES:
+        own = [c for c in columns(GROUPS[branch]) if np.isfinite(aurocs[0, c])]
+        deviations, chances = [np.zeros(0)], [np.zeros(0)]
+        for c in own:
+            n, s = positives[c], score[:, c]
+            order = np.sign(s[y[:, c] > 0, None] - s[y[:, c] == 0])
+            alone = 0.5 + 0.5 * order.mean(1)  # the AUROC of each positive by itself
+            deviations.append((alone - aurocs[0, c]) * (n / max(n - 1, 1)) ** 0.5)
+            chances.append(np.full(n, (n > 1) / n))  # each label is as likely
+        deviations, chances = np.concatenate(deviations), np.concatenate(chances)
+        rng = np.random.default_rng(SEED)
+        for c in own:
+            n = positives[c]
+            if n < RARE and chances.any():
+                drawn = rng.choice(deviations, (draws, n), p=chances / chances.sum())
+                aurocs[1:, c] = aurocs[0, c] + drawn.mean(1) * rng.choice([-1, 1], draws)
+
+
 def rounded(v):
     """A number for JSON: None for NaN."""
     return round(float(v), 5) if np.isfinite(v) else None
 
 
 def macro(aurocs, codes, lowest=0):
-    """[mean over `codes`, ends of its 95 % interval, classes that there are, codes]."""
-    # A draw may lack rare classes: it moves the mean, in atanh, as much as it moves
-    # that of the classes it has. `lowest` is -1 for differences.
-    x = (2 * aurocs[:, columns(codes)] - 1 - lowest) / (1 - lowest)  # in [-1, 1]
-    usual = np.where(np.isnan(x), np.nan, x[0])  # what a draw's classes have in the test set
-    drawn, usual = np.arctanh((1 - 1e-9) * np.nanmean([x, usual], 2))
-    ends = np.tanh(drawn[0] + np.nanpercentile((drawn - usual)[1:], [2.5, 97.5]))
-    three = (np.array([np.nanmean(x[0]), *ends]) * (1 - lowest) + 1 + lowest) / 2
-    return [*map(rounded, three), int(np.isfinite(x[0]).sum()), len(codes)]
+    """[mean over `codes`, ends of its 95 % interval, classes that there are, codes]; `lowest` is
+    -1 for differences."""
+    x = aurocs[:, columns(codes)]
+    value, *draws = np.nanmean(x, 1)
+    ends = np.nanpercentile(draws, [2.5, 97.5]).clip(lowest, 1)
+    return [*map(rounded, (value, *ends)), int(np.isfinite(x[0]).sum()), len(codes)]
 
 
-def numbers_of(p, aurocs, prep):
+def numbers_of(p, aurocs, prep, frequent):
     """All numbers of a prediction, and {code: [AUROC, ends, AUPRC, F1, threshold]}."""
     labels, own = prep.labels[prep.test], columns(p.classes)
     per_class, each = {}, []
@@ -115,7 +138,6 @@ def numbers_of(p, aurocs, prep):
     batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
     per_batch = [common.macro_auroc(labels[b], p.test[b]) for b in batches]
     codes = GROUPS[MODELS[p.name][1]] if p.name in MODELS else CODES
-    frequent = [c for c in codes if labels[:, CODES.index(c)].sum() >= RARE]
     return {
         "auroc": macro(aurocs, codes),
         "groups": {b: macro(aurocs, GROUPS[b]) for b in BRANCHES},
@@ -150,9 +172,8 @@ def cost_of(name, p, aurocs, args):
     if f"blackbox-{name}" in aurocs:
         steps["black box"] = f"blackbox-{name}"
     row = {k: macro(aurocs[n], p.classes)[0] for k, n in steps.items() if n in aurocs}
-    parts = [
-        common.load(args.run / b / "prototypes.json", "03_project.py", args)
-        for b in p.branches]
+    files = [args.run / branch / "prototypes.json" for branch in p.branches]
+    parts = [common.load(file, "03_project.py", args) for file in files]
     count = [len(part["prototypes"]) for part in parts]
     gap = np.average([part["gap"] for part in parts], weights=count)
     distinct = sum(part["distinct"] for part in parts)
@@ -181,41 +202,43 @@ def measure(args, prep):
         pairs[question] = both.items()
     y, patients = prep.labels[prep.test], prep.patient_ids[prep.test]
     weights = patient_weights(patients, DRAWS, SEED)  # shared by all
+    frequent = [c for c, n in zip(CODES, y.sum(0)) if n >= RARE]
     aurocs, numbers, per_class, differences = {}, {}, {}, {}
     for name, p in tqdm(found.items(), "bootstrap", leave=False, disable=None):
         each = aurocs[name] = np.full((1 + DRAWS, len(CODES)), np.nan)
         for c in columns(p.classes):
             each[:, c] = weighted_auroc(y[:, c], p.test[:, c], weights)
+        redraw_rare(each, y, p.test)
     for n in [*own, *both.values()]:
-        numbers[n], per_class[n] = numbers_of(found[n], aurocs[n], prep)
+        numbers[n], per_class[n] = numbers_of(found[n], aurocs[n], prep, frequent)
     for question, some in pairs.items():
         some = [(a, b) for a, b in some if a in found and b in found]
-        rows = {f"{a} - {b}": macro(aurocs[a] - aurocs[b], CODES, -1) for a, b in some}
-        if rows:
-            differences[question] = rows
+        if some:
+            rows = {f"{a} - {b}": aurocs[a] - aurocs[b] for a, b in some}
+            differences[question] = {
+                k: [macro(v, codes, -1) for codes in (frequent, CODES)] for k, v in rows.items()}
     shown = {  # the first that has labels of a group
         g: n for g in BRANCHES for n in reversed(own) if numbers[n]["groups"][g][3]}
     shown.update({"black box": n for n in reversed(own) if n.startswith("blackbox")})
     return {
         **made, "commands": made["commands"][:-1], "run": args.run.name,
-        "config": config, "data": prep.info["data"],
+        "config": config, "data": prep.info["data"], "contrastive": loss,
         **{k: config[k] for k in ("recipe", "seed", "width")},
-        "contrastive": loss, "against": against,
+        "against": against,
         "trained": {k: v for n in own for k, v in found[n].trained.items()},
         "counts": {
             **prep.info["sizes"], "test_patients": len(np.unique(patients)),
             "test_positives": dict(zip(CODES, y.sum(0).tolist()))},
-        "left_out": prep.info["without_training_record"], "rule": RULE.format(DRAWS),
-        "predictions": numbers, "differences": differences,
-        "cost": [cost_of(n, found[n], aurocs, args) for n in own if found[n].branches],
-        "shown": shown, "per_class": per_class}
+        "left_out": prep.info["without_training_record"], "rule": RULE.format(DRAWS, RARE),
+        "predictions": numbers, "differences": differences, "shown": shown, "per_class": per_class,
+        "cost": [cost_of(n, found[n], aurocs, args) for n in own if found[n].branches]}
 
 
 # ---- results.md, made from metrics.json
 
 RULE = (
-    "Intervals: 95 % percentiles of {:,} bootstrap draws by patient, the same for all; a draw "
-    "moves a macro mean, on the scale of atanh, by what it moves that of the classes it has.")
+    "Intervals: 95 % percentiles of {:,} bootstrap draws by patient, the same for all; a label "
+    "with fewer than {} positives moves by deviations of positives of all labels of its branch.")
 REPORT = """# {mark}Results of {run}
 
 Recipe {recipe}, seed {seed}, width {width}, {loss} contrastive loss. {counts[test]:,} test
@@ -282,9 +305,8 @@ def table(head, rows):
 
 def headline(m):
     """Every final prediction."""
-    head = [
-        "prediction", "macro-AUROC [95 %]", f"{RARE}+ positives", "AUPRC", "F1",
-        "fold 9", f"per batch of {BATCH}"]
+    head = ["prediction", "macro-AUROC [95 %]", f"{RARE}+ positives", "AUPRC", "F1", "fold 9",
+            f"per batch of {BATCH}"]
     keys, rows = ("auprc", "f1", "fold 9", "per batch"), []
     for name, p in m["predictions"].items():
         rows.append([name, p["auroc"], p["frequent"][0], *map(p.get, keys)])
@@ -293,9 +315,8 @@ def headline(m):
 
 def paper_table(m):
     """The paper's Tables 1 and 2, ours beside."""
-    head = [
-        "macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours",
-        "black box: paper", "ours"]
+    head = ["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours",
+            "black box: paper", "ours"]
     of = {loss: f" of {run}" for run, loss in m["against"].items()}
     of[m["contrastive"]] = ""
     found, rows = m["predictions"], []
@@ -309,14 +330,20 @@ def paper_table(m):
 
 def cost_table(m):
     """What each step towards interpretability cost."""
-    head = [
-        "model", "joint", "projected", "sparse, unprojected", "sparse, projected",
-        "black box", "gap", "prototypes", "distinct", "non-zero weights"]
+    head = ["model", "joint", "projected", "sparse, unprojected", "sparse, projected",
+            "black box", "gap", "prototypes", "distinct", "non-zero weights"]
     keys, rows = [*STEPS, "sparse", *head[5:9]], []
     for r in m["cost"]:
         share = f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"
         rows.append([r["name"], *map(r.get, keys), share])
     return table(head, rows)
+
+
+def answer(v):
+    """What a paired difference [value, low, high] says."""
+    if v[0] is None or v[1] <= 0 <= v[2]:
+        return "not shown"
+    return "yes" if v[1] > 0 else "no, the second"
 
 
 def by_group(m):
@@ -346,9 +373,10 @@ def report(m):
     kept = ", ".join(n for n, t in m["trained"].items() if t["best_epoch"] == 0)
     for question, pairs in m["differences"].items():
         rows = [
-            [what, v[3], cell(v[:3], "+"), "yes" if v[1] > 0 or v[2] < 0 else "no"]
-            for what, v in pairs.items() if v[3]]
-        head = [question, "classes", "AUROC [95 %]", "interval excludes 0"]
+            [what, cell(some[:3], "+"), some[3], answer(some), cell(all_[:3], "+"), all_[3]]
+            for what, (some, all_) in pairs.items() if all_[3]]
+        head = [question, f"AUROC, {RARE}+ positives [95 %]", "labels", "is the first better?",
+                "AUROC, all [95 %]", "labels"]
         paired.append(table(head, rows))
     return REPORT.format(
         **m, rare=RARE, loss="with" if m["contrastive"] else "without",
@@ -388,9 +416,8 @@ def plot_classes(m):
         ax.set(ylim=(height - 0.5, -0.5), xlabel="AUROC, fold 10")
         ax.grid(axis="x", color="#BBBBBB", lw=0.5)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    fig.suptitle(
-        "AUROC of each class, 95 % interval, number of test positives\n"
-        f"hollow: fewer than {RARE}; orange bar: {box_name}", fontsize=10)
+    fig.suptitle("AUROC of each class, 95 % interval, number of test positives\n"
+                 f"hollow: fewer than {RARE}; orange bar: {box_name}", fontsize=10)
     return fig
 
 
@@ -437,9 +464,8 @@ img, svg { max-width: 100%; height: auto }
 def image(path, text):
     """A PNG file in the page."""
     data, text = base64.b64encode(path.read_bytes()).decode(), escape(text)
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{text}">'
-        f"<figcaption>{text}</figcaption></figure>\n")
+    picture = f'<img src="data:image/png;base64,{data}" alt="{text}">'
+    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>\n"
 
 
 def results_html(args, m, text):
@@ -497,8 +523,7 @@ def main():
     p = common.argument_parser(__doc__, "prep", "run", "recipe", "model", "threads", "demo")
     p.add_argument("--against", type=Path, metavar="RUN2", help="another run to compare with")
     p.add_argument("--save", metavar="NAME", help="also write tests/results/NAME.json")
-    p.add_argument(
-        "--ratings", type=Path, nargs="+", metavar="FILE", help="only print Table 3")
+    p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="only print Table 3")
     args = common.parse(p)
     if args.ratings:
         return ratings_table(args.ratings)
