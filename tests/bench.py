@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import plain  # noqa: E402
 
 stage_2, stage_5 = (importlib.import_module(name) for name in ("02_train_joint", "05_evaluate"))
 BUSY = "busy machine: not a measurement"
@@ -66,9 +67,8 @@ def matrix_peak(dtype, device):
 
 def step_flop(model, width):
     """FLOP of one training step per record: forward and backward pass, counted by torch."""
-    cfg, (kind, group) = common.Config(width=width), common.MODELS[model]
-    classes, each = common.GROUPS[group], dict(zip(common.WINDOW, cfg.per_class)).get(kind, 0)
-    meta = dict(config=vars(cfg), model=model, classes=classes, per_class=[each] * len(classes))
+    classes = common.GROUPS[common.MODELS[model][1]]
+    meta = dict(config={"width": width}, model=model, classes=classes, per_class=[5] * len(classes))
     with FlopCounterMode(display=False) as counter:
         common.build(meta)(torch.randn(8, 12, common.SAMPLES)).sum().backward()
     return counter.get_total_flops() / 8
@@ -123,9 +123,8 @@ def measure_stages(args, work, peak):
 def main():
     p = common.argument_parser(__doc__, "data", "threads")
     p.add_argument("--synthetic", type=int, metavar="N", help="take N synthetic records")
-    p.add_argument("--width", type=int, default=common.Config().width)
+    p.add_argument("--width", type=int, default=32)
     p.add_argument("--save", metavar="NAME", help="keep as tests/results/bench/NAME.json")
-    p.set_defaults(demo=False)
     args = common.parse(p)
     dtype = [torch.float32, torch.bfloat16][stage_2.bfloat16_is_fast(args.device.type)]
     peak, _, _, busy = watched(matrix_peak, dtype, args.device)
@@ -134,9 +133,11 @@ def main():
                "type": str(dtype), "peak GFLOP/s": BUSY if busy else round(peak / 1e9)}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         stages = measure_stages(args, Path(folder), None if busy else peak)
+        (theirs, ours), *_, busy = watched(plain.compare, Path(folder) / "prep", args.width)
+        machine["a plain ResNet's step over ours"] = BUSY if busy else round(theirs / ours, 2)
         networks, _, _, busy = watched(sizes_and_latency, Path(folder) / "run")
-    networks = [[*row[:3], BUSY if busy else row[3]] for row in networks]
-    networks.insert(0, ["network", "parameters", "MB", "ms for an ECG"])
+    networks = [["network", "parameters", "MB", "ms for an ECG"],
+                *([*row[:3], BUSY if busy else row[3]] for row in networks)]
     print(*(f"{k}: {v}" for k, v in machine.items()), sep="\n")
     for head, *rows in (stages, networks):
         print(stage_5.table(head, rows))

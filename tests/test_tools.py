@@ -135,6 +135,19 @@ def test_sizes_and_latency_of_a_run(tmp_path):
     assert mb == pytest.approx(path.stat().st_size / 1e6, rel=0.1) and 0 < ms < 1e4
 
 
+def test_the_plain_network_has_the_layers_of_ours(tmp_path):
+    cfg = common.Config(width=16, pool="mean")
+    plain, ours = bench.plain.resnet(16).eval(), common.BlackBox(common.CODES, cfg).eval()
+    state = {k: v for k, v in ours.state_dict().items() if k not in ("mean", "std")}
+    for v, other in zip(plain.state_dict().values(), state.values(), strict=True):
+        v.copy_(other + 0.01 if v.is_floating_point() else other)
+        other.copy_(v)
+    x = torch.randn(3, 12, 1000)
+    torch.testing.assert_close(plain(x), ours(x), rtol=1e-4, atol=1e-4)
+    write_prep(tmp_path)
+    assert (bench.plain.compare(tmp_path, 16, records=40, times=1) > 0).all()
+
+
 # ---- faithfulness.py
 
 def test_evidence_equals_a_slow_loop():

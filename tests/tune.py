@@ -95,7 +95,7 @@ def main():
     searches = ["training", "lambdas", "batch", "per_class"]
     p.add_argument("--search", nargs="+", choices=searches, default=searches[:1])
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of all trials")
-    p.set_defaults(demo=False, no_contrastive=False)
+    p.set_defaults(no_contrastive=False)
     args = common.parse(p)
     cfg = stage_2.settings(args, p)
     data = common.file_hash(common.load_prep(args.prep).path)
