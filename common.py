@@ -46,8 +46,7 @@ GROUPS = {
     "rhythm": _RHYTHM,
     "morphology": [c for c in CODES if c not in _RHYTHM + _GLOBAL],
     "global": _GLOBAL,
-    "all": CODES,
-}
+    "all": CODES}
 
 # Every model that can be trained: (kind of prototype, label group). blackbox-2d differs from
 # blackbox-1d by its start from ImageNet alone
@@ -133,8 +132,9 @@ PAPER = Config(
     add_on="sigmoid", latent_dim=0, per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30, tie="none",
     lambda_clst=0.004, lambda_sep=0.0004, lambda_div=250.0, lambda_cntrst=600.0, auxiliary=0.0,
     own=0.0, class_weights=True, head="frozen", head_start=(1.0, -0.5), own_patient=True,
-    epochs=200, patience=10, batch=32, lr=1e-4, lr_prototypes=1.0, optimizer="adam", weight_decay=1.7e-4,
-    scheduler="cosine", augment=False, crop=SAMPLES, ema=0.0, rounds=2, unique=False)
+    epochs=200, patience=10, batch=32, lr=1e-4, lr_prototypes=1.0, optimizer="adam",
+    weight_decay=1.7e-4, scheduler="cosine", augment=False, crop=SAMPLES, ema=0.0, rounds=2,
+    unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
 
 
