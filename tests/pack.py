@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 import common  # noqa: E402
 
 CARD = """# A trained ProtoECGNet
@@ -51,6 +53,7 @@ def pack(run, out):
     path = run / "classifiers/fusion.pt"
     fusion = common.load(path, "04_fusion.py")
     del fusion["logits"]
+    fusion["A"] = fusion["A"].to(torch.int8)  # zeros and ones
     fusion["meta"]["made_from"] = {}
     for branch in fusion["meta"]["branches"]:
         saved = common.load(run / branch / "projected.pt", "03_project.py")

@@ -323,6 +323,18 @@ def write_record(folder, fs=100, seconds=10, names=LEADS, units="mV", scale=1, s
     return str(folder / "own")
 
 
+def test_the_trained_run_explains_a_record(tmp_path, monkeypatch, capsys):
+    """tests/pretrained, of the default recipe, knows sinus rhythm where it is made up."""
+    run = shutil.copytree(Path(__file__).parent / "pretrained", tmp_path / "run")
+    assert sum(f.stat().st_size for f in run.rglob("*") if f.is_file()) < 12e6
+    run_stage(monkeypatch, NAME, "--run", run, "--record", write_record(tmp_path, 500))
+    assert "sinus rhythm (SR)" in capsys.readouterr().out
+    case, = (json.loads(path.read_text()) for path in run.glob("cases/*.json"))
+    first = case["explained"][0]
+    assert first["label"] == "SR" and first["probability"] > 0.9
+    assert first["pieces"][0]["class"] == "SR" and len(first["pieces"][0]["prototypes"]) == 5
+
+
 @pytest.mark.parametrize("fs, units, scale, names", [
     (100, "mV", 1, LEADS), (500, "uV", 1000, [n.lower() for n in LEADS[::-1]]),
     (250, "V", 0.001, ["x", *LEADS[::-1]]), (257, "UV", 1000, LEADS), (62.5, "mV", 1, LEADS),
