@@ -2,6 +2,7 @@
 it where records are altered; some minutes on 2 CPU cores.
 
     python tests/faithfulness.py --run runs/default --prep runs/prep
+    python tests/faithfulness.py --save NAME           also into tests/results/NAME.json, for tables.py
 
 writes RUN/faithfulness.json and prints a table of what follows. The first prototype of a label is,
 of the piece of evidence (common.evidence) with the largest contribution, the nearest to the record.
@@ -28,6 +29,7 @@ window                share of records in which the first prototype of that clas
                       place, to one latent step
 """
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -188,7 +190,9 @@ def measure_branch(head, s, y, jaccard):
 
 
 def main():
-    args = common.parse(common.argument_parser(__doc__, "prep", "run", "demo"))
+    p = common.argument_parser(__doc__, "prep", "run", "demo")
+    p.add_argument("--save", metavar="NAME", help="of a run that 05_evaluate.py --save NAME kept")
+    args = common.parse(p)
     prep, rng, found, parts = common.load_prep(args.prep), np.random.default_rng(42), {}, {}
     test, jaccard = np.flatnonzero(prep.test), np.array(prep.info["jaccard"])
     x = prep.signals[np.sort(rng.choice(test, min(1000, len(test)), replace=False))]
@@ -218,6 +222,9 @@ def main():
             if not isinstance(v, int):
                 found[name][k] = round(float(v), 5) if np.isfinite(v) else None
     common.save(args.run / "faithfulness.json", found)
+    if args.save:
+        path = ROOT / f"tests/results/{args.save}.json"
+        common.save(path, {**json.loads(path.read_text()), "interpretability": {"": found}})
     measures = dict.fromkeys(k for each in found.values() for k in each)
     table = importlib.import_module("05_evaluate").table
     print(table(["measure", *found], [[k, *(found[n].get(k) for n in found)] for k in measures]))
