@@ -632,5 +632,5 @@ def batched(f, prep, rows, device, what=None, batch=256):
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
         if not out[-1].isfinite().all():
-            sys.exit("the network gives no number: run 01_preprocess.py and 02_train_joint.py anew")
+            sys.exit("the network gives no number: run 02_train_joint.py again with a lower lr")
     return torch.cat(out)
