@@ -115,7 +115,7 @@ class Config:
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
     augment: bool = True         # amplitude, noise, wander, lost leads, shift, blank; paper: silent
-    crop: int = 500              # samples that 1D and partial see until 4/5 of the epochs; ours
+    crop: int = 500              # ours: samples that all but global see until 4/5 of the epochs
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stage 2
     rounds: int = 1              # how often to run Stages 1 and 2; paper: twice (--round 2)
