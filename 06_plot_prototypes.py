@@ -1,9 +1,7 @@
 """Script 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a page for clinicians.
 
-ECGs are drawn as on clinical paper. What a prototype looks at is blue: 0.94 s of all leads
-(partial), the strip (1D), or nothing, as it is all of it (global). A page says how similarities
-lead from the logit of the average training record to that of this one, without prototypes of the
-same patient.
+What a prototype looks at is blue: 0.94 s of all leads (partial), the strip (1D), or nothing, as it
+is all of it (global). Pages lead from the logit of the average training record to that of this one.
 
 reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
         RUN/MODEL/projected.pt, prototypes.json, prototypes.npy.gz; PREP for --case alone
@@ -16,8 +14,7 @@ writes  RUN/figures/gallery.html; RUN/cases/NAME.html, a page a label when print
     python 06_plot_prototypes.py --record my/*     for many: cases/records.csv; pages with --pages
     python 06_plot_prototypes.py --review          one HTML file to rate prototypes (Appendix C)
 
-Takes some seconds on 2 CPU cores.
-Last line: `runs/default: 355 prototypes -> runs/default/figures/gallery.html`.
+Takes seconds. Last line: `runs/default: 355 prototypes -> runs/default/figures/gallery.html`.
 """
 import hashlib
 import json
@@ -44,16 +41,17 @@ STEP = 25 / RATE  # mm a sample, at 25 mm/s
 LEFT, WIDTH = 15, 270  # mm: where traces begin, and the paper's width
 PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
 MARGIN = 13.5  # mm, of a sheet
+SHOWN = 2  # pieces of evidence whose nearest prototypes a sheet shows
 SAID = "label", "classifier", "probability", "threshold", "predicted", "logit"
 BLUE, ORANGE, GREY = "#0b4f8a", "#d55e00", "#888888"
 
 
 # ---- Layout: a scene is what lies where, in mm from the upper left corner of its paper
 
-def paper(rows, w, h, step, columns, text):
-    """A scene of rows of leads [(its number, mV [n])], `columns` mm apart: traces (x, step, y [n]),
-    texts (x, y, size, text), boxes (x, y, w, h, filled). It has half gain, 5 mm/mV, and says so,
-    where a trace would leave the paper."""
+def paper(rows, w, h, columns, text):
+    """A scene of rows of leads [(its number, mV [n])], `columns` mm apart: traces (x, y [n]), texts
+    (x, y, size, text), boxes (x, y, w, h, filled). It has half gain, 5 mm/mV, and says so, where a
+    trace would leave the paper."""
     most = np.array([max(y.max() for _, y in row) for row in rows])
     least = np.array([min(y.min() for _, y in row) for row in rows])
     for gain in (10, 5):
@@ -65,10 +63,10 @@ def paper(rows, w, h, step, columns, text):
     note = "10 mm/mV" if gain == 10 else "HALF GAIN: 5 mm/mV"
     traces, texts = [], [(LEFT, h - 1.5, 3.5, f"{text}, {note}")]
     for row, y0 in zip(rows, zero):
-        traces.append((LEFT - 29 * step, step, y0 - gain * PULSE))
+        traces.append((LEFT - 29 * STEP, y0 - gain * PULSE))
         for column, (lead, signal) in enumerate(row):
             x = LEFT + columns * column
-            traces.append((x, step, np.clip(y0 - gain * signal, 0, h)))
+            traces.append((x, np.clip(y0 - gain * signal, 0, h)))
             texts.append((x + 1.5, y0 - 2.5, 3.5, NAMES[lead]))
     return {"w": w, "h": h, "traces": traces, "texts": texts, "boxes": []}
 
@@ -78,9 +76,9 @@ def whole(x, kind, windows=()):
     the partial one the first of `windows` [(first, end)], while the others are outlined."""
     rows = [[(lead, x[lead, 250 * i:250 * i + 250]) for i, lead in enumerate(row)] for row in ROWS]
     rows.append([(1, x[1])])
-    scene = paper(rows, WIDTH, 106, STEP, 62.5, "25 mm/s, high-pass 0.5 Hz")
+    scene = paper(rows, WIDTH, 106, 62.5, "25 mm/s, high-pass 0.5 Hz")
     if kind == "1d":
-        top = max(60, min(y.min() for _, _, y in scene["traces"][-2:]) - 2)
+        top = max(60, min(y.min() for _, y in scene["traces"][-2:]) - 2)
         scene["boxes"].append((LEFT - 1, top, 252, 100 - top, True))
     if kind == "partial":
         for rank, (first, end) in enumerate(windows):
@@ -93,7 +91,7 @@ def cut_out(x, window):
     """The scene of a window (first, end) of x [12, 1000] mV, all leads."""
     first, end = window
     rows = [[(lead, x[lead, first:end]) for lead in row] for row in ROWS]
-    return paper(rows, 134, 74, STEP, 29, f"{first / RATE:.2f} to {end / RATE:.2f} s, 25 mm/s")
+    return paper(rows, 134, 74, 29, f"{first / RATE:.2f} to {end / RATE:.2f} s, 25 mm/s")
 
 
 # ---- Drawing: SVG in mm
@@ -125,9 +123,9 @@ def draw(scene, left=0, top=0):
     for *box, filled in scene["boxes"]:
         style = f'fill="#56b4e9" fill-opacity="{0.22 * filled}" stroke="{BLUE}" stroke-width="0.3"'
         shapes.append(rectangle(*box, style))
-    for x, step, y in scene["traces"]:  # in twentieths of a mm, from point to point
+    for x, y in scene["traces"]:  # in twentieths of a mm, from point to point
         first, *changes = np.diff(np.round(20 * y), prepend=0).astype(int).tolist()
-        points = " ".join(f"{20 * step:.0f} {change}" for change in changes)
+        points = " ".join(f"{20 * STEP:.0f} {change}" for change in changes)
         style = 'transform="scale(.05)" stroke="#000" stroke-width="6"'
         shapes.append(f'<path d="M{20 * x:.0f} {first}l{points}" {style}/>')
     shapes += [letters(*text) for text in scene["texts"]]
@@ -137,15 +135,13 @@ def draw(scene, left=0, top=0):
 def draw_bars(bars, top):
     """Bars (what, value, more), a line each, to scale, from a common zero."""
     values, shapes = [value for _, value, _ in bars], []
-    most, least = max(*values, 0), min(*values, 0)
-    mm = 70 / (most - least)
-    zero = 80 - mm * least
+    least = min(*values, 0)
+    mm = 70 / (max(*values, 0) - least)
     for i, (what, value, more) in enumerate(bars):
-        y = top + 5.5 * i + 2.5
+        x, y = 80 + mm * (min(value, 0) - least), top + 5.5 * i + 2.5
         colour = BLUE if value > 0 else ORANGE
         if i in (0, len(bars) - 1):  # where the sum begins, and itself
             colour = GREY
-        x = zero + mm * min(value, 0)
         shapes += [rectangle(x, y - 1.8, mm * abs(value), 3.6, f'fill="{colour}"'),
                    letters(MARGIN, y + 1.2, 3.5, what), letters(154, y + 1.2, 3.5, more),
                    letters(78, y + 1.2, 3.5, f"{value:+.2f}", ' text-anchor="end"')]
@@ -176,21 +172,11 @@ def sheet(title, text, items):
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'"><style>
-body { font: 16px/1.4 sans-serif; margin: 8px }
+<style>body { font: 16px/1.4 sans-serif; margin: 8px }
 """
 
 
-# ---- Gallery
-
-def pictures_of(q):
-    """A prototype as SVG: the whole ECG, and of the partial kind its window."""
-    scenes = [whole(q["x"], q["kind"], [q["samples"]])]
-    if q["kind"] == "partial":
-        scenes.append(cut_out(q["x"], q["samples"]))
-    return "".join(svg(scene["w"], scene["h"], [draw(scene)]) for scene in scenes)
-
+# ---- Gallery, and the page for clinicians (3.6, Appendix C)
 
 def source(q):
     """A prototype and where it comes from, in words."""
@@ -198,27 +184,107 @@ def source(q):
     return text.format(*np.divide(q["samples"], RATE), **q)
 
 
-def gallery(args, prototypes, words, mark):
-    """Write gallery.html: pictures of all prototypes, a section for each label of a model."""
-    sections = {}
+def album(args, heads, words, review=False):
+    """Write all prototypes, a section for each label of a model: gallery.html, with their sources,
+    or review.html, where they are known by their class alone and can be rated."""
+    sections, prototypes = {}, [q for head in heads for q in head.prototypes]
     for q in tqdm(prototypes, "pictures", disable=None):
-        about = f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}"
-        figure = f"<figure>{pictures_of(q)}<figcaption>{escape(about)}</figcaption></figure>"
-        sections.setdefault(f"{words[q['class']]}, {q['model']}", []).append(figure)
-    path = args.run / "figures/gallery.html"
-    title = f"{mark}{args.run}: {len(prototypes):,} prototypes"
-    text = (PAGE + GALLERY).replace("TITLE", escape(title))
-    for heading, figures in sections.items():
-        text += f"<details><summary>{escape(heading)}: {len(figures)}</summary>"
-        text += "".join(figures) + "</details>"
+        scenes = [whole(q["x"], q["kind"], [q["samples"]])]
+        if q["kind"] == "partial":
+            scenes.append(cut_out(q["x"], q["samples"]))
+        pictures = "".join(svg(scene["w"], scene["h"], [draw(scene)]) for scene in scenes)
+        below = escape(f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}")
+        if review:
+            form = f'<form id="{q["model"]}/{q["index"]}" data-class="{q["class"]}">'
+            below = form + FORM
+        figure = f"<figure>{pictures}{below}</figure>"
+        sections.setdefault((CODES.index(q["class"]), q["model"]), []).append(figure)
+    title = f"{heads[0].mark}{args.run}: {len(prototypes):,} prototypes"
+    path, text = args.run / "figures/gallery.html", (PAGE + ALBUM).replace("TITLE", escape(title))
+    if review:
+        made = [h.made_from[f"{model}/projected.pt"] for h in heads for model in h.branches]
+        page = json.dumps({"run": str(args.run), "made": made}).replace("<", "\\u003c")
+        path, text = args.run / "review.html", text + REVIEW.replace("RUN", page)
+    for (c, model), figures in sorted(sections.items()):
+        heading = escape(f"{words[CODES[c]]}, {model}: {len(figures)}")
+        text += f"<details><summary>{heading}</summary>{''.join(figures)}</details>"
     common.save(path, text.replace("<details>", "<details open>", 1))
     print(f"{title} -> {path}")
 
 
-GALLERY = """figure { display: inline-block; vertical-align: top; width: 600px; margin: 8px }
-svg { border: 1px solid #bbb; width: 100%; height: auto }
+ALBUM = """figure { display: inline-block; vertical-align: top; width: 600px; margin: 8px }
+figure svg { border: 1px solid #bbb; width: 100%; height: auto }
+summary { padding: 8px } label { padding: 8px 4px }
+header { position: sticky; top: 0; background: #fff; padding: 8px 0 }
 </style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with which the
-model compares new ECGs. Below it are its source and all its labels. Not for clinical use.</p>
+model compares new ECGs. Not for clinical use.</p>
+"""
+SCALE = "".join(f'<label><input type="radio" name="NAME" value="{n}">{n}</label>'
+                for n in range(1, 6))
+FORM = f"""Representativeness {SCALE.replace("NAME", "representativeness")}<br>
+Clarity {SCALE.replace("NAME", "clarity")}<br><select name="mark"><option value="">no mark</option>
+<option>best</option><option>bad</option><option>label-error</option></select>
+<textarea name="comment" rows="1" placeholder="comment"></textarea>
+<button type="reset">Clear</button></form>"""
+REVIEW = """<style>figure { width: auto } figure svg { width: auto; max-width: 100% }</style>
+<p><b>Representativeness</b>: Does the prototype reflect a typical or defining
+presentation of the assigned diagnostic class? <b>Clarity</b>: Is the ECG signal in the prototype
+clean and interpretable, or is it obscured by noise or artifacts that make interpretation difficult?
+5 is best. Ratings stay in this browser; export them to hand them in.</p>
+<header><span id="progress"></span> <button id="next">Next unrated</button>
+<button id="export">Export</button> <label>Import <input id="file" type="file"></label></header>
+<script>
+const page = RUN, key = `protoecgnet ${page.run} ${page.made}`;
+const $ = id => document.getElementById(id), number = text => text ? Number(text) : null;
+
+function rating(form) {
+  const {representativeness, clarity, mark, comment} = form.elements;
+  return {class: form.dataset.class, representativeness: number(representativeness.value),
+          clarity: number(clarity.value), mark: mark.value || null, comment: comment.value};
+}
+function done(form) {
+  const {mark, representativeness, clarity} = rating(form);
+  return mark === "label-error" || representativeness && clarity;
+}
+function ratings() {  // of forms that say more than their class
+  const all = [...document.forms].map(form => [form.id, rating(form)]);
+  return Object.fromEntries(all.filter(([, r]) => Object.values(r).filter(Boolean).length > 1));
+}
+function keep() {
+  const forms = [...document.forms];
+  localStorage.setItem(key, JSON.stringify(ratings()));
+  $("progress").textContent = `${forms.filter(done).length} of ${forms.length} rated`;
+}
+function fill(ratings) {
+  for (const form of document.forms) for (const name in ratings[form.id])
+    if (form.elements[name]) form.elements[name].value = ratings[form.id][name] ?? "";
+  keep();
+}
+onload = () => fill(JSON.parse(localStorage.getItem(key)) ?? {});
+onchange = keep;
+onreset = () => setTimeout(keep);  // after the form is empty
+onsubmit = () => false;
+$("next").onclick = () => {
+  const form = [...document.forms].find(form => !done(form));
+  if (form) form.closest("details").open = true;
+  form?.scrollIntoView({block: "end"});
+};
+$("export").onclick = () => {
+  const reviewer = prompt("Your name, as the reviewer?");
+  const found = {format: 1, kind: "protoecgnet-ratings", reviewer, ...page, ratings: ratings()};
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(found)]));
+  link.download = `ratings_${reviewer}.json`;
+  if (reviewer) link.click();
+};
+$("file").onchange = async ({target}) => {
+  const found = await target.files[0].text().then(JSON.parse).catch(() => ({}));
+  target.value = "";  // so that the same file can be chosen again
+  if (found.kind === "protoecgnet-ratings" && String(found.made) === String(page.made))
+    return fill(found.ratings);
+  alert("This file does not hold ratings of these prototypes.");
+};
+</script>
 """
 
 
@@ -233,9 +299,9 @@ def read_wfdb(path, start=0.0):
         fs, length, first = header.fs, header.sig_len, round(start * header.fs)
         end = length and min(length, first + int(np.ceil(10 * fs)))  # None: not in the header
         record = wfdb.rdrecord(path, sampfrom=first, sampto=end)
-        lines = [line.split() for line in Path(f"{path}.hea").read_text("latin-1").splitlines()]
-        gains = [line[2] for line in lines if len(line) > 2 and line[-1].upper() in LEADS]
-        no_gain = 0 in [float(re.split("[(/]", gain)[0]) for gain in gains]
+        text = Path(f"{path}.hea").read_text("latin-1")  # where wfdb takes 200 for a gain of 0
+        lead = "|".join(LEADS)
+        no_gain = re.search(rf"(?mi)^\S+ +\S+ +0[.0]*[(/ ].* ({lead})\s*$", text)
     except Exception as e:  # wfdb raises many kinds on a damaged file
         reason = str(e).splitlines()[0] if str(e) else ""
         sys.exit(f"{path} is not a record that wfdb can read ({type(e).__name__}: {reason}): its "
@@ -267,6 +333,8 @@ def read_wfdb(path, start=0.0):
     notes = [f"Flat leads: {flat}."] if flat else []
     if no_gain:
         notes.append("Not calibrated: with a gain of 0, 200 units are taken for 1 mV.")
+    if start:
+        notes.append(f"From {start:g} s on.")
     x = np.pad(x, ((0, 0), (0, SAMPLES - x.shape[1])), "edge")  # the last 0.02 s may miss
     return common.highpass(x).astype(np.float32), notes
 
@@ -299,19 +367,17 @@ def bars_of(r):
     return [first, *bars, last]
 
 
-def page(case, x, r, head, top, words):
+def page(case, x, r, head, words):
     """Title, text and items of the sheet that explains what is said of label r to ECG x."""
-    verdict = "predicted" if r["predicted"] else "not predicted"
     known = "; ".join(words[c] for c in case["true_labels"] or []) or "not known"
     text = " ".join([
         f"{case['title']}. Probability {shown(r['probability'])}, predicted from "
         f"{shown(r['threshold'])} on, by the {r['classifier']} classifier. True labels: {known}.",
-        *case["notes"],
-        "For research, not for clinical use."])
+        *case["notes"], "For research, not for clinical use."])
     by_id = {(q["model"], q["index"]): q for q in head.prototypes}
     pairs, first = [], None
-    speaking = [q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"]]
-    for piece in speaking[:top]:
+    speaking = [q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"]][:SHOWN]
+    for piece in speaking:
         if abs(piece["contribution"]) < abs(speaking[0]["contribution"]) / 5:
             break
         nearest = piece["prototypes"][0]
@@ -326,6 +392,7 @@ def page(case, x, r, head, top, words):
         else:
             pairs.append([whole(q["x"], q["kind"])])
     ecg, heading = [whole(x, *first or ("global", []))], "What speaks for and against it"
+    verdict = "predicted" if r["predicted"] else "not predicted"
     title = f"{head.mark}{words[r['label']]} {verdict}"
     return title, text, [ecg, heading, bars_of(r), *pairs]
 
@@ -346,7 +413,7 @@ def write_case(args, heads, words, x, case, results):
     text = (PAGE + CASE).replace("TITLE", escape(case["title"]))
     by_name = {head.name: head for head in heads}
     for r in explained:
-        text += sheet(*page(case, x, r, by_name[r["classifier"]], args.top, words))
+        text += sheet(*page(case, x, r, by_name[r["classifier"]], words))
     common.save(path, text)
     inputs = [(args.run / f"classifiers/{head.name}.pt", vars(head)) for head in heads]
     common.save(path.with_suffix(".json"), {
@@ -372,15 +439,12 @@ def explain_records(args, heads, words):
         except SystemExit as e:
             failed.append(str(e))
             continue
-        if args.start:
-            notes.append(f"From {args.start:g} s on.")
-        patient = None
-        for q in prototypes:  # PTB-XL's ECGs are in other data sets too, at other rates
-            if patient is None and np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.75:
-                patient = q["patient"]
-                notes.append(f"This is training ECG {q['ecg_id']}.")
-                if patient >= 0:
-                    notes.append("Prototypes of its patient do not count.")
+        same = [q for q in prototypes if np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.75]
+        for q in same[:1]:  # PTB-XL's ECGs are in other data sets too, at other rates
+            notes.append(f"This is training ECG {q['ecg_id']}.")
+            if q["patient"] >= 0:
+                notes.append("Prototypes of its patient do not count.")
+        patient = same[0]["patient"] if same else None
         results = common.explain(heads, x, patient)
         for r in results:
             pieces = [f"{q['class']} {q['contribution']:+.2f}" for q in r["pieces"][:3]]
@@ -408,122 +472,6 @@ svg { display: block; max-width: 100%; max-height: 296mm; height: auto; break-af
 """
 
 
-# ---- Review page (3.6, Appendix C)
-
-def review(args, heads, prototypes, words):
-    """Write review.html: prototypes, known by class alone, and how to rate them."""
-    items = [{"id": f"{q['model']}/{q['index']}", "class": q["class"], "picture": pictures_of(q)}
-             for q in tqdm(prototypes, "review page", disable=None)]
-    made = [head.made_from[f"{model}/projected.pt"] for head in heads for model in head.branches]
-    data = {"run": str(args.run), "made": made, "words": words, "items": items}
-    data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # ends no script
-    page = (PAGE + REVIEW).replace("TITLE", "Prototype review").replace(
-        "style-src", "script-src 'unsafe-inline'; style-src").replace("DATA", data)
-    common.save(args.run / "review.html", page)
-    print(f"{args.run}: {len(items):,} prototypes -> {args.run / 'review.html'}")
-
-
-REVIEW = r"""body { display: flex; flex-wrap: wrap; gap: 8px }
-#paper { flex: 1 680px } #panel { flex: 1 250px; max-width: 400px }
-svg { width: min(100%, 150vh - 120px); height: auto; border: 1px solid #d98c8c }
-button, select { font: inherit; min-height: 44px; min-width: 44px; max-width: 300px }
-[aria-pressed=true] { background: #0b4f8a; color: #fff }</style>
-<header style="width: 100%"><select id="class"></select> <button id="previous">&#9664;</button>
-<button id="next">&#9654;</button> <button id="unrated">Next unrated</button>
-<span id="progress"></span> <button id="export">Export</button>
-<label>Import <input id="file" type="file" accept=".json"></label>
-<button id="anew">Start anew</button></header>
-<main id="paper"></main><section id="panel"><h3 id="title"></h3>
-<p><b>Representativeness</b> Does the prototype reflect a typical or defining presentation of the
-assigned diagnostic class? (5 is best)</p><div id="representativeness"></div>
-<p><b>Clarity</b> Is the ECG signal in the prototype clean and interpretable, or is it obscured by
-noise or artifacts that make interpretation difficult? (5 is best)</p><div id="clarity"></div>
-<p><b>Mark and comment</b></p><div id="mark"></div><textarea id="comment" rows="4"></textarea>
-<p>Keys: 1-5 representativeness, Shift + 1-5 clarity, arrows previous and next, N next unrated.
-Ratings stay in this browser; export them to hand them in.</p></section>
-<script type="application/json" id="data">DATA</script><script>
-const $ = id => document.getElementById(id);
-const {run, made, words, items} = JSON.parse($("data").textContent);
-const key = `protoecgnet ${run} ${made}`, scale = [1, 2, 3, 4, 5];
-const choices = {representativeness: scale, clarity: scale, mark: ["best", "bad", "label-error"]};
-const empty = {representativeness: null, clarity: null, mark: null, comment: ""};
-let ratings = JSON.parse(localStorage.getItem(key)) ?? {}, at = 0;  // at: the item on view
-
-function make(parent, tag, attributes, text = "") {  // text never meets the HTML parser
-  const e = parent.appendChild(document.createElement(tag));
-  for (const name in attributes) e.setAttribute(name, attributes[name]);
-  e.textContent = text;
-  return e;
-}
-const rating = q => ({class: q.class, ...empty, ...ratings[q.id]});
-function done(q) {
-  const {mark, representativeness, clarity} = rating(q);
-  return mark === "label-error" || representativeness && clarity;
-}
-function change(name, value) {  // the same choice once more takes it back
-  const q = items[at], r = rating(q);
-  ratings[q.id] = {...r, [name]: r[name] === value ? null : value};
-  show();
-}
-function show() {  // all but the picture
-  const q = items[at], r = rating(q), same = items.filter(o => o.class === q.class);
-  localStorage.setItem(key, JSON.stringify(ratings));
-  $("title").textContent = `${words[q.class]}: prototype ${same.indexOf(q) + 1} of ${same.length}`;
-  $("progress").textContent = `${items.filter(done).length} of ${items.length} rated`;
-  $("class").value = q.class;
-  if ($("comment").value !== r.comment) $("comment").value = r.comment;
-  for (const name in choices) for (const button of $(name).children)
-    button.setAttribute("aria-pressed", button.textContent === String(r[name]));
-}
-function go(i) {
-  at = (i + items.length) % items.length;
-  $("paper").innerHTML = items[at].picture;  // in which all text is escaped
-  show();
-}
-const jump = wanted => wanted && go(items.indexOf(wanted));
-const actions = {
-  previous: () => go(at - 1), next: () => go(at + 1),
-  unrated: () => jump([...items.slice(at + 1), ...items].find(q => !done(q))),
-  anew: () => {
-    if (confirm("Forget the ratings in this browser? Export them first.")) ratings = {};
-    show();
-  },
-  export: () => {
-    const reviewer = prompt("Your name, as the reviewer?");
-    if (!reviewer) return;
-    const out = {format: 1, kind: "protoecgnet-ratings", reviewer, run, made, ratings};
-    const href = URL.createObjectURL(new Blob([JSON.stringify(out)]));
-    make(document.body, "a", {download: `ratings_${reviewer}.json`, href}).click();
-  },
-};
-for (const id in actions) $(id).onclick = actions[id];
-for (const c of new Set(items.map(q => q.class))) make($("class"), "option", {value: c}, words[c]);
-for (const name in choices) for (const value of choices[name])
-  make($(name), "button", {}, value).onclick = () => change(name, value);
-$("class").onchange = ({target}) => {
-  jump(items.find(q => q.class === target.value));
-  target.blur();  // back to the keys
-};
-$("comment").oninput = e => change("comment", e.target.value);
-$("file").onchange = async ({target}) => {
-  const found = await target.files[0].text().then(JSON.parse).catch(() => ({}));
-  target.value = "";  // so that the same file can be chosen again
-  if (found.kind !== "protoecgnet-ratings" || String(found.made) !== String(made))
-    return alert("This file does not hold ratings of these prototypes.");
-  Object.assign(ratings, found.ratings);
-  show();
-};
-onkeydown = e => {
-  if (/TEXTAREA|SELECT/.test(e.target.tagName) || e.ctrlKey || e.altKey || e.metaKey) return;
-  if (/^(Digit|Numpad)[1-5]$/.test(e.code))
-    change(e.shiftKey ? "clarity" : "representativeness", Number(e.code.at(-1)));
-  actions[{ArrowLeft: "previous", ArrowRight: "next", n: "unrated"}[e.key]]?.();
-};
-go(0);
-</script></html>
-"""
-
-
 def main():
     p = common.argument_parser(__doc__, *common.RUN_FLAGS)
     what = p.add_mutually_exclusive_group()
@@ -533,19 +481,16 @@ def main():
     p.add_argument("--label", nargs="+", metavar="CODE", help="explain these, predicted or not")
     p.add_argument("--start", type=float, default=0, metavar="S", help="second of a long --record")
     p.add_argument("--pages", action="store_true", help="a page for each of several records too")
-    p.add_argument("--top", type=int, default=2, metavar="N", help="pieces to show (default 2)")
     args = common.parse(p)
-    if args.top < 1 or set(args.model or ()) & set(BOXES):
-        p.error("--top must be at least 1, and black boxes have no prototypes")
+    if set(args.model or ()) & set(BOXES):
+        p.error("black boxes have no prototypes")
     heads = common.load_run(args.run, args.model, args.device)
     known = {c for head in heads for c in head.classes}
     for code in set(args.label or ()) - known:
         sys.exit(f"{args.run} has no label {code}, but {', '.join(sorted(known))}")
     words = {c: f"{text} ({c})" for c, text in heads[0].descriptions.items()}
-    prototypes = [q for head in heads for q in head.prototypes]
-    prototypes.sort(key=lambda q: CODES.index(q["class"]))
     if args.review:
-        return review(args, heads, prototypes, words)
+        return album(args, heads, words, review=True)
     if args.record:
         return explain_records(args, heads, words)
     if args.case or args.demo:
@@ -563,7 +508,7 @@ def main():
                 "name": str(ecg_id), "title": f"{heads[0].mark}{part} ECG {ecg_id}", "notes": [],
                 "true_labels": labels, "ecg_id": ecg_id, "record": None}, results)
     if not args.case:
-        gallery(args, prototypes, words, heads[0].mark)
+        album(args, heads, words)
 
 
 if __name__ == "__main__":
