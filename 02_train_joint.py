@@ -98,6 +98,8 @@ def load_data(model, args, cfg, prep):
     if cfg.class_weights:
         n = data.y.sum(0)
         data.w = (len(rows) - n) / n  # [C], w of Eq. (3)
+        if cfg.recipe == "default":  # mean 1, so that lambdas keep their meaning
+            data.w /= data.w.mean()
     if cfg.sampler == "weighted":
         data.draw = record_weights(data.y.cpu())
     return data

@@ -99,7 +99,7 @@ class Config:
     lambda_div: float = 0.1      # ours
     lambda_cntrst: float = 0.1   # ours
     auxiliary: float = 1.0       # ours: weight of a black box's BCE on the same backbone; paper: 0
-    class_weights: bool = False  # w of Eq. (3): (N - n) / n; ours: 1
+    class_weights: bool = False  # w of Eq. (3): (N - n) / n; ours: 1, or if weighted of mean 1
     sampler: str = "shuffle"     # or weighted: by the inverse frequency of a record's labels
     # Stage 1 (3.5, Appendix E)
     head: str = "free"           # whether W learns, or is frozen (authors' code)
