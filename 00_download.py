@@ -5,7 +5,7 @@ writes  DATA/SHA256SUMS.txt, two tables, records100/: 536 MB to fetch, 620 MB on
         --imagenet: resnet18-f37072fd.pth (45 MB) beside the folder DATA
 
     python 00_download.py                  fetch into data/ptbxl what is missing or altered
-    python 00_download.py --check          list what is missing, altered or extra
+    python 00_download.py --check          list what is missing or altered
     python 00_download.py --imagenet       also the weights that --recipe paper starts from
     python 00_download.py --synthetic 600  no network: synthetic records in data/synthetic
     python 00_download.py --demo           the same in data/demo, for --demo of all stages
@@ -65,19 +65,6 @@ def faults(folder, files):
         elif hashlib.sha256(path.read_bytes()).hexdigest() != files[name]:
             found[name] = "altered"
     return found
-
-
-def report(folder, files, found):
-    """--check: list what is wrong and extra in `folder` and exit with 1, if anything is."""
-    for path in sorted(folder.glob("records100/*/[0-9]*")):
-        name = path.relative_to(folder).as_posix()
-        if name not in files:
-            found[name] = "extra"
-    for name in list(found)[:20]:
-        print(f"{found[name]}: {name}")
-    if found:
-        sys.exit(f"{folder}: {len(found):,} files are not as {SUMS} lists them: run "
-                 "00_download.py without --check, and delete files that are extra")
 
 
 def fetch(session, path, name, sha256, mirrors):
@@ -159,9 +146,11 @@ def main():
         fetch_sums(args.data)
     files = read_sums(args.data)
     found = faults(args.data, files)
-    if args.check:
-        report(args.data, files, found)
-    elif found:
+    if args.check and found:
+        some = ", ".join(f"{what} {name}" for name, what in islice(found.items(), 5))
+        sys.exit(f"{args.data}: {len(found):,} files are not as {SUMS} lists them, as {some}: run "
+                 "00_download.py without --check")
+    if found:
         fetch_all({name: files[name] for name in found}, args.data, list(MIRRORS))
     print(f"{args.data}: {len(files):,} files complete and verified")
 

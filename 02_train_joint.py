@@ -1,7 +1,7 @@
 """Script 02, joint training (paper 3.5, Stage 1): backbone and prototypes under Eq. (2).
 
 One training a branch, from random weights or, the authors' way, from ImageNet. Keeps the epoch with
-the best macro-AUROC on fold 9; fold 10 is never touched. The same command again goes on after the
+the best macro-AUROC on fold 9; reads nothing of fold 10. The same command again goes on after the
 last whole epoch and keeps finished models.
 
 reads   PREP/*.npy, preprocess.json; with --round 2 RUN/MODEL/projected.pt; the paper recipe
@@ -38,7 +38,10 @@ from common import (
 
 MAKER = "02_train_joint.py"
 ONE_DIM = "rhythm", "all-1d", "blackbox-1d", "blackbox-rhythm"  # never from ImageNet
-DEMO = dict(width=16, epochs=40, batch=32)  # what --demo changes
+DEMO = dict(width=16, epochs=40, batch=32, start="random")  # what --demo changes
+WITHOUT = {  # what --no-contrastive changes; the paper's are Barnett et al.'s lambdas (Appendix E)
+    "default": dict(lambda_cntrst=0.0),
+    "paper": dict(lambda_cntrst=0.0, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)}
 CHOICES = {
     "start": ["random", "imagenet"],
     "pool": ["mean", "meanmax"],
@@ -113,17 +116,18 @@ def bce(logits, y, w=None):
     return (each if w is None else w * each).mean()
 
 
-def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
+def composite_loss(logits, s, y, p, p_class, jaccard, cfg, w=None):
     """Eq. (2) and its terms, as a dict of scalars: total, bce, clst, sep, div, cntrst.
 
-    logits [B, C], s [B, P], y [B, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C] of the
-    training labels, lambdas (clst, sep, div, cntrst), w [C] class weights or None. The BCE is
-    averaged over classes, so that lambdas mean the same for 3 and 71 labels. A record with nothing
-    to choose from has no clustering or separation term, but counts in N.
+    logits [N, C], s [N, P], y [N, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C] of the
+    training labels, cfg with its lambdas, w [C] class weights or None. The BCE is averaged over
+    classes, and lambda_div and lambda_cntrst are divided, as in the authors' code, so that lambdas
+    mean the same for 3 and 71 labels. A record with nothing to choose from has no clustering or
+    separation term, but counts in N.
     """
     N, P = s.shape
     L_bce = bce(logits, y, w)  # Eq. (3)
-    present = y[:, p_class] > 0  # [B, P]
+    present = y[:, p_class] > 0  # [N, P]
     clst = -_best(s, present).sum() / N  # Eq. (4)
     sep = _best(s, ~present).sum() / N  # Eq. (5)
     unit_p = F.normalize(p.flatten(1), dim=1)  # [P, D T]
@@ -134,9 +138,8 @@ def composite_loss(logits, s, y, p, p_class, jaccard, lambdas, w=None):
     near = (C * S).sum() / C.sum()
     far = ((1 - C) * S).sum() / (1 - C).sum().clamp_min(1e-12)
     cntrst = -(near - far) / 2  # Eq. (7)
-    lambda_clst, lambda_sep, lambda_div, lambda_cntrst = lambdas
-    total = (L_bce + lambda_clst * clst + lambda_sep * sep + lambda_div / P**2 * div
-             + lambda_cntrst / P**0.5 * cntrst)  # Eq. (2)
+    total = (L_bce + cfg.lambda_clst * clst + cfg.lambda_sep * sep
+             + cfg.lambda_div / P**2 * div + cfg.lambda_cntrst / P**0.5 * cntrst)  # Eq. (2)
     return {"total": total, "bce": L_bce, "clst": clst, "sep": sep, "div": div, "cntrst": cntrst}
 
 
@@ -164,11 +167,12 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
     seen, per_epoch = [], -(-N // cfg.batch)
     for step, i in enumerate(order.to(data.rows.device).split(cfg.batch)):
         x, y = data.x[data.rows[i]], data.y[i]
-        x = augment(x) if cfg.augment else x
-        if model.kind != "global" and epoch <= 0.8 * cfg.epochs:
-            x = x[:, :, :cfg.crop]  # from anywhere, as the shift was random; half the time
+        if cfg.augment:
+            x = augment(x)
+            if model.kind != "global" and epoch <= 0.8 * cfg.epochs:
+                x = x[:, :, :cfg.crop]  # from anywhere, as the shift was random; half the work
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
-            h = model.features(x)  # [B, 8 * width, 32]
+            h = model.features(x)  # [B, 8 * width, L]
             if not boxed:
                 s = model.scores(model.to_latent(h))  # [B, P]
             if boxed or cfg.auxiliary:
@@ -177,7 +181,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
             loss = {"total": bce(m.to(y), y, data.w)}
         else:
             loss = composite_loss(
-                model.logits(s), s, y, model.p, model.p_class, data.jaccard, cfg.lambdas, data.w)
+                model.logits(s), s, y, model.p, model.p_class, data.jaccard, cfg, data.w)
             if cfg.own:  # so that a label's own prototypes can speak for it alone
                 loss["own"] = bce(model.logits(s, own=True), y, data.w)
                 loss["total"] = loss["total"] + cfg.own * loss["own"]
@@ -199,10 +203,8 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
 def follow(average, model, weight):
     """Move the weights of `average` towards those of `model`."""
     for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
-        if slow.is_floating_point():
+        if slow.is_floating_point():  # the rest is constant, or not in use
             slow.lerp_(fast, weight)
-        else:
-            slow.copy_(fast)
 
 
 def bfloat16_is_fast(device):
@@ -223,16 +225,12 @@ def validate(model, data):
 def make_optimizer(model, cfg, steps):
     """The optimizer and its schedule (Appendix E) of so many steps; plateau goes by epochs."""
     make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    rest = [w for name, w in model.named_parameters() if w.requires_grad and name != "p"]
-    groups = [{"params": rest, "lr": cfg.lr}]
-    if model.kind != "blackbox":
-        groups.append({"params": [model.p], "lr": cfg.lr * cfg.lr_prototypes})
-    optimizer = make(groups, weight_decay=cfg.weight_decay, fused=True)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = make(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     if cfg.scheduler == "cosine":
         return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if cfg.scheduler == "onecycle":
-        peaks = [group["lr"] for group in groups]
-        return optimizer, lr_scheduler.OneCycleLR(optimizer, peaks, max(steps, 2))
+        return optimizer, lr_scheduler.OneCycleLR(optimizer, cfg.lr, max(steps, 2))
     return optimizer, lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, 3)
 
 
@@ -335,7 +333,7 @@ def describe(name, args, cfg, prep):
             "code": {f: common.file_hash(here / f) for f in ("common.py", MAKER)}}
     if kind != "blackbox":  # no more prototypes than the class has windows
         most = cfg.per_class[list(WINDOW).index(kind)]
-        windows = 30 if kind == "partial" else 1
+        windows = 32 - WINDOW["partial"] + 1 if kind == "partial" else 1
         meta["per_class"] = [min(most, windows * count[c]) for c in classes]
     if args.round == 1:
         return {**meta, **common.provenance(args, (prep.path, prep.info))}
@@ -393,15 +391,11 @@ def settings(args, p):
     cfg = replace(common.RECIPES[args.recipe], seed=args.seed)
     if args.demo:
         cfg = replace(cfg, **DEMO)
-    if args.demo and args.recipe == "paper":  # whose ImageNet weights fit width 64 only
-        cfg = replace(cfg, start="random")
-    if args.no_contrastive and args.recipe == "paper":  # Barnett et al.'s lambdas (Appendix E)
-        cfg = replace(cfg, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)
     if args.no_contrastive:
-        cfg = replace(cfg, lambda_cntrst=0.0)
+        cfg = replace(cfg, **WITHOUT[args.recipe])
     for text in args.set:
         name, _, value = text.partition("=")
-        old = asdict(cfg).get(name) if name not in ("recipe", "seed", "rounds") else None
+        old = asdict(cfg).get(name) if name not in ("recipe", "seed") else None
         try:
             if isinstance(old, bool):
                 new = {"yes": True, "no": False}[value]

@@ -11,8 +11,7 @@ writes  RUN/MODEL/projected.pt; prototypes.json: of each prototype class, ecg_id
     python 03_project.py                     every prototype model of the run
     python 03_project.py --model rhythm      one of them
 
-Takes half a minute a branch on 2 CPU cores. Last line:
-`runs/default: projected rhythm, morphology, global`.
+Takes half a minute a branch. Last line: `runs/default: projected rhythm, morphology, global`.
 """
 import numpy as np
 import torch
@@ -91,9 +90,6 @@ def main():
             "data": prep.info["data"], "prototypes": prototypes})
         print(f"{name:12s} {len(prototypes)} prototypes  gap {gap:.3f}  {distinct} distinct "
               f"windows of {len(set(source))} records", flush=True)
-        if meta["round"] < cfg.rounds:
-            again = f"02_train_joint.py --round {meta['round'] + 1}"
-            print(f"the recipe has {cfg.rounds} rounds: next {again} with the flags of round 1")
     print(f"{args.run}: projected {', '.join(names)}")
 
 

@@ -30,7 +30,7 @@ import common
 from common import BOXES, BRANCHES, CODES, MODELS, columns
 
 STRENGTHS = {  # of L1, from strong to weak
-    "default": [5e-2, 2e-2, 1e-2, 7e-3, 5e-3, 3e-3, 2e-3, 1e-3],
+    "default": [5e-2, 3e-2, 2e-2, 1.3e-2, 9e-3, 6e-3, 4e-3, 2.5e-3, 1.5e-3, 1e-3],
     "paper": [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4],
 }
 WITHIN, RESAMPLES = 0.002, 20  # of the best AUROC, a mean over resamples

@@ -249,7 +249,7 @@ records (the paper: 2,198) of {counts[test_patients]:,} patients.
 
 Macro-AUROC of the logits on the whole of fold 10 at once. {rule} {rare}+ positives: over the
 classes with {rare} or more in fold 10. F1: at the logit with the best F1 on fold 9, or at 0
-for labels that are rare there. Fold 9: the fold that all choices were made on. Per batch: what the
+for labels that are rare there. Fold 9: the fold that choices were made on. Per batch: what the
 authors' code measures, the mean over batches of the AUROC over the classes that a batch has.
 
 ## The paper's Tables 1 and 2

@@ -280,8 +280,8 @@ $("export").onclick = () => {
 $("file").onchange = async ({target}) => {
   const found = await target.files[0].text().then(JSON.parse).catch(() => ({}));
   target.value = "";  // so that the same file can be chosen again
-  if (found.kind === "protoecgnet-ratings" && String(found.made) === String(page.made))
-    return fill(found.ratings);
+  if (found?.kind === "protoecgnet-ratings" && String(found.made) === String(page.made))
+    return fill(found.ratings ?? {});
   alert("This file does not hold ratings of these prototypes.");
 };
 </script>

@@ -93,7 +93,7 @@ class Config:
     a: tuple = (1.0, 1.0, 1.0)   # scale of Eq. (1); authors' code: 1, 13, 4
     top_k: int = 5               # windows in a partial score; paper: k unstated, code: all 30
     tie: str = "class"           # ours: W has one weight for all prototypes of a class; paper: none
-    # Loss (3.4); lambda_div is divided by P^2 and lambda_cntrst by sqrt(P), as in authors' code
+    # Loss (3.4)
     lambda_clst: float = 0.02    # ours: small, as the BCE of rare labels is itself about .05
     lambda_sep: float = 0.004    # ours
     lambda_div: float = 0.1      # ours
@@ -105,25 +105,19 @@ class Config:
     head: str = "free"           # whether W learns, or is frozen (authors' code)
     own: float = 1.0             # ours: weight of the BCE of own-class weights alone; paper: 0
     head_start: tuple = (10.0, 0.0)  # W_cp at the start, own class and others; paper: 1, -0.5
-    own_patient: bool = False    # ours: a match with a prototype of the same patient is left out
     epochs: int = 45
     patience: int = 45           # epochs without a better fold-9 macro-AUROC; paper: 10
     batch: int = 64              # authors' code: 32
     lr: float = 3e-3             # authors' code: 1e-4
-    lr_prototypes: float = 0.1   # ours: their lr as a share of the others'; paper: 1
     optimizer: str = "adamw"     # ours; paper: adam, whose weight decay is an L2 term
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
     augment: bool = True         # amplitude, noise, wander, lost leads, shift, blank; paper: silent
-    crop: int = 500              # ours: samples that all but global see until 4/5 of the epochs
+    crop: int = 500              # so augmented, all but global see 5 s until 4/5 of the epochs
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
-    # Stage 2
-    rounds: int = 1              # how often to run Stages 1 and 2; paper: twice (--round 2)
+    # Stages 2 and 3
     unique: bool = True          # ours: prototypes of a class lie apart, if they can (03)
-
-    @property
-    def lambdas(self):
-        return self.lambda_clst, self.lambda_sep, self.lambda_div, self.lambda_cntrst
+    own_patient: bool = False    # whether prototypes count for ECGs of their patient; paper: yes
 
 
 # The authors' settings, run through the paper's equations
@@ -132,9 +126,8 @@ PAPER = Config(
     add_on="sigmoid", latent_dim=0, per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30, tie="none",
     lambda_clst=0.004, lambda_sep=0.0004, lambda_div=250.0, lambda_cntrst=600.0, auxiliary=0.0,
     own=0.0, class_weights=True, head="frozen", head_start=(1.0, -0.5), own_patient=True,
-    epochs=200, patience=10, batch=32, lr=1e-4, lr_prototypes=1.0, optimizer="adam",
-    weight_decay=1.7e-4, scheduler="cosine", augment=False, crop=SAMPLES, ema=0.0, rounds=2,
-    unique=False)
+    epochs=200, patience=10, batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4,
+    scheduler="cosine", augment=False, crop=SAMPLES, ema=0.0, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
 
 

@@ -49,8 +49,7 @@ def compare(prep, width, records=1280, times=3):
     Both take the same first records of folds 1-8 in batches of Config.batch, without augmentation,
     in turn.
     """
-    cfg = common.Config(width=width, augment=False, crop=common.SAMPLES, ema=0.0, pool="mean",
-                        scheduler="plateau")
+    cfg = common.Config(width=width, augment=False, ema=0.0, pool="mean", scheduler="plateau")
     prep = common.load_prep(prep)
     rows = np.flatnonzero(prep.train)[:records]
     x = torch.from_numpy(np.array(prep.signals[rows]))

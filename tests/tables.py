@@ -19,14 +19,12 @@ import common  # noqa: E402
 from common import BOXES, BRANCHES  # noqa: E402
 
 evaluate = importlib.import_module("05_evaluate")
+train = importlib.import_module("02_train_joint")
 PAPER, cell, number, table = evaluate.PAPER, evaluate.cell, evaluate.number, evaluate.table
 RESULTS = ROOT / "tests" / "results"
 MORE = [("fusion, own-class weights only", "fusion-own", *[None] * 4),
         ("black box, 1D, 71", "blackbox-1d", None, .9219, None, None)]
 ABLATED = "fusion", "fusion-own", *BRANCHES
-WITHOUT = {  # the contrastive loss (Appendix E)
-    "default": dict(lambda_cntrst=0.0),
-    "paper": dict(lambda_cntrst=0.0, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)}
 DIGITS = {"dead": 0, "purity lift": 1, "pieces for 95 %": 1}
 COURSE = [  # what, prediction, width, settings that are not the recipe's
     ("rhythm branch", "rhythm", 32, ()), ("black box", "blackbox-rhythm", 32, ())]
@@ -57,7 +55,7 @@ def changed(run):
     """What settings of a run are not its recipe's, but for seed, width and contrastive loss."""
     base = common.RECIPES[run["recipe"]]
     if not run["contrastive"]:
-        base = replace(base, **WITHOUT[run["recipe"]])
+        base = replace(base, **train.WITHOUT[run["recipe"]])
     usual = json.loads(json.dumps(asdict(base)))
     usual.update(seed=run["seed"], width=run["width"])
     config = run["config"]
@@ -128,7 +126,7 @@ def paper_table(runs, key="auroc"):
 
 
 def paired_table(runs):
-    """Paired differences of runs that differ in seed, a column each, and what they say."""
+    """Paired differences of runs that differ in seed, a column each, and what they say; or []."""
     seeds, found, rows = sorted({r["seed"] for r in runs}), {}, []
     for r in runs:
         for question, pairs in r["differences"].items():
@@ -140,7 +138,8 @@ def paired_table(runs):
         values = [cell(v[seed][i][:3], "+") if seed in v else None for i in (0, 1) for seed in seeds]
         rows.append([question, pair, *values, " / ".join(answers)])
     heads = [f"{labels}, seed {s}" for labels in ("10+ positives", "all labels") for s in seeds]
-    return table(["question", "difference", *heads, "is the first better?"], rows)
+    found = table(["question", "difference", *heads, "is the first better?"], rows)
+    return ["Paired differences on the test set:", found] if rows else []
 
 
 def measures_table(measured):
@@ -186,7 +185,7 @@ def recipe_section(what, runs):
             f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
             evaluate.cost_table(first),
             f"Minutes of Stage 1 on {hardware} (threads): {', '.join(minutes)}.",
-            "Paired differences on the test set:", paired_table(same)]
+            *paired_table(same)]
 
 
 def page():

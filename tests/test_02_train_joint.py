@@ -123,10 +123,11 @@ def test_training_is_blind_to_fold_10(tiny_prep, train, tmp_path):
 
 @pytest.mark.parametrize(
     "kind, epochs, seen", [("1d", 3, 500), ("1d", 2, 1000), ("global", 3, 1000)])
-def test_an_epoch_is_the_steps_of_eq_2_written_out(kind, epochs, seen):
+def test_an_epoch_is_the_steps_of_eq_2_written_out(kind, epochs, seen, monkeypatch):
     """Two batches in float64, crops, the moving average, own-class weights, the auxiliary head."""
-    cfg = common.Config(width=16, batch=6, dropout=0.0, augment=False, scheduler="plateau",
-                        ema=0.2, latent_dim=5, own=0.25, auxiliary=0.5, epochs=epochs)
+    monkeypatch.setattr(module, "augment", lambda x: x)
+    cfg = common.Config(width=16, batch=6, dropout=0.0, scheduler="plateau", ema=0.2,
+                        latent_dim=5, own=0.25, auxiliary=0.5, epochs=epochs)
     torch.manual_seed(0)
     net = common.ProtoECGNet(kind, ["SR", "AFIB"], [2, 2], cfg).double()
     average, slow, want = copy.deepcopy(net), copy.deepcopy(net).train(), copy.deepcopy(net)
@@ -146,7 +147,7 @@ def test_an_epoch_is_the_steps_of_eq_2_written_out(kind, epochs, seen):
         means = s.view(6, 2, 2).mean(2)  # of each class
         logits = means @ slow.head.weight.T + slow.head.bias
         loss = module.composite_loss(logits, s, data.y[i], slow.p, slow.p_class,
-                                     data.jaccard, cfg.lambdas, data.w)["total"]
+                                     data.jaccard, cfg, data.w)["total"]
         m = means * slow.head.weight.diag() + slow.head.bias
         each = data.w * data.y[i] * F.softplus(-m) + data.w * (1 - data.y[i]) * F.softplus(m)
         loss = loss + 0.25 * each.mean()
@@ -163,27 +164,31 @@ def test_an_epoch_is_the_steps_of_eq_2_written_out(kind, epochs, seen):
             torch.testing.assert_close(v, other, rtol=1e-5, atol=1e-6)
 
 
+def lambdas_of(cfg):
+    return [cfg.lambda_clst, cfg.lambda_sep, cfg.lambda_div, cfg.lambda_cntrst]
+
+
 def test_settings_reach_the_loss_and_the_optimizer(tiny_prep, train, monkeypatch):
     prep = tiny_prep()
     calls = watch(monkeypatch, module, "composite_loss")
     optimizers = watch(monkeypatch, torch.optim, "Adam")
     one = int(prep.labels[prep.train][:, common.CODES.index("AFIB")].argmax())  # alone is drawn
     monkeypatch.setattr(module, "record_weights", lambda y: torch.eye(len(y))[one])
-    found = train("--no-contrastive", epochs=1, class_weights="yes", lr=0.25, lr_prototypes=0.5,
+    found = train("--no-contrastive", epochs=1, class_weights="yes", lr=0.25,
                   sampler="weighted", lambda_div=0.25, optimizer="adam", weight_decay=0.125,
                   scheduler="plateau")
     own = common.columns(found.meta["classes"])
     labels = torch.from_numpy(prep.labels[prep.train][:, own]).float()
     assert len(calls) == 3
-    for (_, _, y, _, _, J, lambdas, w), _ in calls:
+    for (_, _, y, _, _, J, cfg, w), _ in calls:
         assert np.allclose(J, np.array(prep.info["jaccard"])[np.ix_(own, own)])
-        assert lambdas == (*common.Config().lambdas[:2], 0.25, 0.0)
+        assert lambdas_of(cfg) == [0.02, 0.004, 0.25, 0.0]
         assert (y == labels[one]).all()
         want = len(labels) / labels.sum(0) - 1
         torch.testing.assert_close(w, want / want.mean())
-    (((rest, prototypes),), how), = optimizers
-    assert (rest["lr"], prototypes["lr"], how["weight_decay"]) == (0.25, 0.125, 0.125)
-    assert [p.shape for p in prototypes["params"]] == [found.net.p.shape]
+    ((weights, lr), how), = optimizers
+    assert (lr, how["weight_decay"]) == (0.25, 0.125)
+    assert [w.shape for w in weights] == [w.shape for w in found.net.parameters()]
 
 
 def test_a_black_box_has_class_weights_and_a_moving_average(tiny_prep, train, monkeypatch):
@@ -368,7 +373,8 @@ def test_settings_reach_the_model(tiny_prep, train):
     for key, values in prep.info["scaler"].items():
         assert getattr(found.net, key).flatten().tolist() == pytest.approx(values)
     found = train("--recipe", "paper", "--no-contrastive", run="paper", start="random", epochs=0)
-    assert common.Config(**found.meta["config"]).lambdas == (0.8, 0.08, 100.0, 0.0)  # Barnett et al.
+    cfg = common.Config(**found.meta["config"])
+    assert lambdas_of(cfg) == [0.8, 0.08, 100.0, 0.0]  # Barnett et al.
     assert (found.net.mean == 0).all() and (found.net.std == 1).all()
 
 

@@ -106,11 +106,6 @@ def test_the_order_of_records_does_not_matter(tiny_prep, project):
     assert found[0] == found[1]
 
 
-def test_a_recipe_of_two_rounds_says_what_comes_next(tiny_prep, project, capsys):
-    project(tiny_prep(), rounds=2)
-    assert "02_train_joint.py --round 2" in capsys.readouterr().out
-
-
 # ---- Eq. (8)
 
 def brute_force(z, carries, ids, p, p_class, unique=False):

@@ -43,12 +43,13 @@ def test_labels_are_16_52_3_disjoint_with_union_71():
 
 def test_paper_recipe_has_the_authors_numbers():
     expected = dict(
-        per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30, lambdas=(0.004, 0.0004, 250.0, 600.0),
-        lr=1e-4, batch=32, dropout=0.35, weight_decay=1.7e-4, seed=42, scale_input=False,
-        add_on="sigmoid", head="frozen", rounds=2, optimizer="adam", scheduler="cosine", epochs=200,
+        per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30, lambda_clst=0.004, lambda_sep=0.0004,
+        lambda_div=250.0, lambda_cntrst=600.0, lr=1e-4, batch=32, dropout=0.35,
+        weight_decay=1.7e-4, seed=42, scale_input=False,
+        add_on="sigmoid", head="frozen", optimizer="adam", scheduler="cosine", epochs=200,
         patience=10, start="imagenet", pool="mean", class_weights=True, augment=False, width=64,
         unique=False, ema=0.0, own_patient=True, tie="none", latent_dim=0,
-        auxiliary=0.0, head_start=(1.0, -0.5), lr_prototypes=1.0)
+        auxiliary=0.0, head_start=(1.0, -0.5))
     assert {k: getattr(PAPER, k) for k in expected} == expected
 
 
@@ -167,7 +168,7 @@ def test_sample_range_of_a_latent_window():
 
 # ---- Eq. (2)-(7)
 
-def slow_loss(logits, s, y, p, p_class, jaccard, lambdas, w):
+def slow_loss(logits, s, y, p, p_class, jaccard, cfg, w):
     """The paper's loss, term by term; the BCE also divided by the number of classes."""
     logits, s, y, p = (t.detach().double().numpy() for t in (logits, s, y, p))
     (N, C), P = y.shape, len(p)
@@ -190,8 +191,8 @@ def slow_loss(logits, s, y, p, p_class, jaccard, lambdas, w):
             near, near_sum = near + c * S, near_sum + c
             far, far_sum = far + (1 - c) * S, far_sum + (1 - c)
     cntrst = -(near / near_sum - (far / far_sum if far_sum else 0)) / 2  # Eq. (7)
-    total = (bce + lambdas[0] * clst + lambdas[1] * sep + lambdas[2] / P**2 * div
-             + lambdas[3] / math.sqrt(P) * cntrst)  # Eq. (2)
+    total = (bce + cfg.lambda_clst * clst + cfg.lambda_sep * sep + cfg.lambda_div / P**2 * div
+             + cfg.lambda_cntrst / math.sqrt(P) * cntrst)  # Eq. (2)
     return dict(total=total, bce=bce, clst=clst, sep=sep, div=div, cntrst=cntrst)
 
 
@@ -219,7 +220,7 @@ train = stage("02_train_joint")
 CASES = ["ordinary", "one record", "one class", "negative similarities", "class without prototypes",
          "two records without labels", "no record with labels", "two records with all labels",
          "all records with all labels"]
-LAMBDAS = (0.5, 0.1, 7.0, 3.0)
+LARGE = common.Config(lambda_clst=0.5, lambda_sep=0.1, lambda_div=7.0, lambda_cntrst=3.0)
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -227,9 +228,9 @@ LAMBDAS = (0.5, 0.1, 7.0, 3.0)
 def test_loss_equals_the_double_loop(name, paper):
     *tensors, p_class, J = loss_case(name)
     w = torch.linspace(0.5, 30, len(J), dtype=torch.float64) if paper else None
-    lambdas = PAPER.lambdas if paper else LAMBDAS
-    fast = train.composite_loss(*tensors, p_class, J, lambdas, w)
-    slow = slow_loss(*tensors, p_class.tolist(), J, lambdas, w)
+    cfg = PAPER if paper else LARGE
+    fast = train.composite_loss(*tensors, p_class, J, cfg, w)
+    slow = slow_loss(*tensors, p_class.tolist(), J, cfg, w)
     assert list(fast) == list(slow)
     for term in slow:
         assert float(fast[term]) == pytest.approx(slow[term], rel=1e-12, abs=1e-13), term
@@ -241,7 +242,7 @@ def test_loss_gradcheck(name):
     w = torch.linspace(0.5, 30, len(J), dtype=torch.float64)
 
     def terms(logits, s, p):
-        return tuple(train.composite_loss(logits, s, y, p, p_class, J, LAMBDAS, w).values())
+        return tuple(train.composite_loss(logits, s, y, p, p_class, J, LARGE, w).values())
 
     assert torch.autograd.gradcheck(terms, [t.requires_grad_() for t in (logits, s, p)])
 
@@ -256,7 +257,7 @@ def test_gradcheck_of_a_branch_from_latent_to_loss(T):
     def total(z, p, W):
         s = common.similarity(z, p, 2.0)
         s = s.topk(min(2, s.shape[2]), dim=2).values.mean(2)
-        return train.composite_loss(s @ W.T, s, y, p, p_class, J, LAMBDAS)["total"]
+        return train.composite_loss(s @ W.T, s, y, p, p_class, J, LARGE)["total"]
 
     assert torch.autograd.gradcheck(total, [t.requires_grad_() for t in (z, p, W)])
 

@@ -118,7 +118,7 @@ def test_every_stage_keeps_to_the_device(tmp_path, monkeypatch, stand_in):
     small = "--set width=16 epochs=1 per_class=2,2,2"
     paper = f"--recipe paper --model morphology {small} start=random sampler=weighted"
     commands = [f"02_train_joint {small}", "03_project", "04_fusion",
-                "06_plot_prototypes --case 10 --top 1", f"02_train_joint {paper}",
+                "06_plot_prototypes --case 10", f"02_train_joint {paper}",
                 "03_project --recipe paper", f"02_train_joint {paper} --round 2"]
     for device in ("cpu", "meta"):
         for name, *flags in map(str.split, commands):

@@ -74,7 +74,7 @@ TINY = "--set width=16 batch=16 epochs=2 per_class=2,2,2".split()
 JOBS = {
     "02": ["02_train_joint", *FOLDERS, "--model", "rhythm", *TINY, "--seed", "2"],
     **{name[:2]: [name, *FOLDERS] for name in STAGES[1:]},
-    "case": ["06_plot_prototypes", *FOLDERS, "--case", "37", "--top", "1"]}
+    "case": ["06_plot_prototypes", *FOLDERS, "--case", "37"]}
 
 
 def tree(folder):
