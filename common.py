@@ -113,7 +113,7 @@ class Config:
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
     augment: bool = True         # amplitude, noise, wander, lost leads, shift, blank; paper: silent
-    crop: int = 500              # so augmented, all but global see 5 s until 4/5 of the epochs
+    crop: int = 500              # with it all but global see 5 s until 4/5 of the epochs
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stages 2 and 3
     unique: bool = True          # ours: prototypes of a class lie apart, if they can (03)
