@@ -9,8 +9,7 @@ writes  RUN/metrics.json, results.md, results.html, figures/*.png
     python 05_evaluate.py --save NAME            also tests/results/NAME.json
     python 05_evaluate.py --ratings A.json B.json    only Table 3, from 06's page
 
-Takes half a minute on 2 CPU cores.
-Last line: `RUN: fusion .9321 [.9250, .9390] over 71 classes -> RUN/results.md`.
+Half a minute. Last line: `RUN: fusion .9321 [.9250, .9390] over 71 classes -> RUN/results.md`.
 """
 import base64
 import io
@@ -512,7 +511,8 @@ def ratings_table(files):
         row = [f"weighted kappa, {a} and {b}"]
         for k in criteria:
             x, y = pd.concat([each[a][k], each[b][k]], axis=1).dropna().to_numpy().T
-            kappa = cohen_kappa_score(x, y, labels=range(1, 6), weights="quadratic")
+            kappa = cohen_kappa_score(
+                x, y, labels=range(1, 6), weights="quadratic") if len(x) else np.nan
             row.append(f"{kappa:.2f} of {len(x)}")
         rows.append(row)
     print(table(["1-5, mean [95 %]", *criteria], rows))

@@ -196,7 +196,7 @@ def album(args, heads, words, review=False):
         below = escape(f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}")
         if review:
             form = f'<form id="{q["model"]}/{q["index"]}" data-class="{q["class"]}">'
-            below = form + FORM
+            below = f"{form}<b>{escape(words[q['class']])}</b><br>{FORM}"
         figure = f"<figure>{pictures}{below}</figure>"
         sections.setdefault((CODES.index(q["class"]), q["model"]), []).append(figure)
     title = f"{heads[0].mark}{args.run}: {len(prototypes):,} prototypes"
@@ -213,7 +213,7 @@ def album(args, heads, words, review=False):
 
 
 ALBUM = """figure { display: inline-block; vertical-align: top; width: 600px; margin: 8px }
-figure svg { border: 1px solid #bbb; width: 100%; height: auto }
+figure { max-width: 95% } figure svg { border: 1px solid #bbb; width: 100%; height: auto }
 summary { padding: 8px } label { padding: 8px 4px }
 header { position: sticky; top: 0; background: #fff; padding: 8px 0 }
 </style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with which the
@@ -252,16 +252,19 @@ function ratings() {  // of forms that say more than their class
 }
 function keep() {
   const forms = [...document.forms];
-  localStorage.setItem(key, JSON.stringify(ratings()));
   $("progress").textContent = `${forms.filter(done).length} of ${forms.length} rated`;
+  try { localStorage.setItem(key, JSON.stringify(ratings())); }
+  catch { $("progress").textContent += ", not kept by this browser: export them"; }
 }
 function fill(ratings) {
-  for (const form of document.forms) for (const name in ratings[form.id])
+  for (const form of document.forms) for (const name in ratings[form.id]) {
+    for (const e of form.elements) if (e.name === name) e.checked = false;
     if (form.elements[name]) form.elements[name].value = ratings[form.id][name] ?? "";
+  }
   keep();
 }
 onload = () => fill(JSON.parse(localStorage.getItem(key)) ?? {});
-onchange = keep;
+oninput = keep;
 onreset = () => setTimeout(keep);  // after the form is empty
 onsubmit = () => false;
 $("next").onclick = () => {
@@ -301,7 +304,7 @@ def read_wfdb(path, start=0.0):
         record = wfdb.rdrecord(path, sampfrom=first, sampto=end)
         text = Path(f"{path}.hea").read_text("latin-1")  # where wfdb takes 200 for a gain of 0
         lead = "|".join(LEADS)
-        no_gain = re.search(rf"(?mi)^\S+ +\S+ +0[.0]*[(/ ].* ({lead})\s*$", text)
+        no_gain = re.search(rf"(?mi)^[^#\s]\S*\s+\S+[ \t]+0[.0]*[(/ \t].*\s({lead})\s*$", text)
     except Exception as e:  # wfdb raises many kinds on a damaged file
         reason = str(e).splitlines()[0] if str(e) else ""
         sys.exit(f"{path} is not a record that wfdb can read ({type(e).__name__}: {reason}): its "

@@ -451,6 +451,14 @@ def test_ratings_give_table_3_without_label_errors(tmp_path, capsys):
     assert kappa == pytest.approx(cohen_kappa_score([5, 3, 4], [5, 3, 5], weights="quadratic"))
 
 
+def test_reviewers_who_rated_nothing_in_common_have_means_but_no_kappa(tmp_path, capsys):
+    module.ratings_table([ratings(tmp_path / "a.json", "A", [(5, 4, None), (3, 4, None)]),
+                          ratings(tmp_path / "b.json", "B", [(None, 2, "label-error")] * 2
+                                  + [(2, 1, None), (4, 2, None)])])
+    out = capsys.readouterr().out
+    assert "nan of 0" in out and "3.00 [" in out
+
+
 @pytest.mark.parametrize("spoil", ["other prototypes", "same reviewer", "not ours"])
 def test_ratings_that_cannot_be_compared_give_one_sentence(tmp_path, spoil):
     reviewer = "A" if spoil == "same reviewer" else "B"

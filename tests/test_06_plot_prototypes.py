@@ -426,6 +426,11 @@ def test_headers_as_published_sets_have_them(tmp_path):
         path = write_record(tmp_path / "gain", 500)
         x, notes = plot.read_wfdb(changed(path, "5000.0(0)/", zero))
         assert "Not calibrated" in notes[0] and np.abs(x - 25 * want)[:, 20:-20].max() < 0.3
+    other = changed(write_record(tmp_path / "other", names=["x", *LEADS]), "(0)/", "(0)/")
+    text = Path(f"{other}.hea").read_text().splitlines()
+    text[1] = text[1].replace(text[1].split()[2], "0(0)/mV")  # a channel that is no lead
+    Path(f"{other}.hea").write_text("\n".join([*text, "# lab 0 in lead II", ""]))
+    assert plot.read_wfdb(other)[1] == []
     with pytest.raises(SystemExit, match="2020.*dates"):
         plot.read_wfdb(changed(write_record(tmp_path), " 100 1000", " 100 1000 0:0:0 2020-05-01"))
 
@@ -640,6 +645,12 @@ def test_review_in_a_browser(browser, review, made, tmp_path):
     find("file").send_keys(str(exported))
     time.sleep(0.3)
     assert find("progress").text == rated.format(3)
+    rest[0].update(representativeness=None, comment="")  # what is imported replaces what is there
+    exported.write_text(json.dumps({**found, "ratings": {ids[0]: rest[0]}}))
+    find("file").send_keys(str(exported))
+    time.sleep(0.3)
+    assert js("return rating(document.forms[0])") == rest[0]
+    assert find("progress").text == rated.format(2)
     exported.write_text(json.dumps({**found, "made": ["0"]}))
     find("file").send_keys(str(exported))
     time.sleep(0.3)
