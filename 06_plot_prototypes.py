@@ -258,7 +258,7 @@ function keep() {
 }
 function fill(ratings) {
   for (const form of document.forms) for (const name in ratings[form.id]) {
-    for (const e of form.elements) if (e.name === name) e.checked = false;
+    for (const e of form.elements) if (e.name === name) e.checked = false;  // "" unsets no radio
     if (form.elements[name]) form.elements[name].value = ratings[form.id][name] ?? "";
   }
   keep();

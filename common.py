@@ -99,7 +99,7 @@ class Config:
     lambda_div: float = 0.1      # ours
     lambda_cntrst: float = 0.1   # ours
     auxiliary: float = 1.0       # ours: weight of a black box's BCE on the same backbone; paper: 0
-    class_weights: bool = False  # w of Eq. (3): (N - n) / n; ours: 1, or if weighted of mean 1
+    class_weights: bool = False  # w of Eq. (3): (N - n) / n, in our recipe scaled to mean 1
     sampler: str = "shuffle"     # or weighted: by the inverse frequency of a record's labels
     # Stage 1 (3.5, Appendix E)
     head: str = "free"           # whether W learns, or is frozen (authors' code)
@@ -113,7 +113,7 @@ class Config:
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
     augment: bool = True         # amplitude, noise, wander, lost leads, shift, blank; paper: silent
-    crop: int = 500              # with it all but global see 5 s until 4/5 of the epochs
+    crop: int = 500              # samples that augment keeps, but of global, to 4/5 of the epochs
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stages 2 and 3
     unique: bool = True          # ours: prototypes of a class lie apart, if they can (03)
