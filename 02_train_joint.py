@@ -21,6 +21,9 @@ Last line: `runs/default: rhythm 0.9600, morphology 0.9000, global 0.9400 (fold-
 """
 import copy
 import json
+import os
+import platform
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -50,7 +53,7 @@ CHOICES = {
     "sampler": ["shuffle", "weighted"],
     "head": ["free", "frozen"],
     "optimizer": ["adam", "adamw"],
-    "scheduler": ["cosine", "onecycle", "plateau"],
+    "scheduler": ["cosine", "onecycle", "step"],
 }
 
 
@@ -191,8 +194,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         optimizer.zero_grad(set_to_none=True)
         loss["total"].backward()
         optimizer.step()
-        if cfg.scheduler != "plateau":
-            scheduler.step()
+        scheduler.step()
         if average is not model:
             done = (epoch - 1) * per_epoch + step
             follow(average, model, 1 - min(cfg.ema, done / (10 + done)))  # faster at first
@@ -223,7 +225,7 @@ def validate(model, data):
 
 
 def make_optimizer(model, cfg, steps):
-    """The optimizer and its schedule (Appendix E) of so many steps; plateau goes by epochs."""
+    """The optimizer and its schedule (Appendix E) of so many steps."""
     make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = make(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -231,7 +233,7 @@ def make_optimizer(model, cfg, steps):
         return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if cfg.scheduler == "onecycle":
         return optimizer, lr_scheduler.OneCycleLR(optimizer, cfg.lr, max(steps, 2))
-    return optimizer, lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, 3)
+    return optimizer, lr_scheduler.MultiStepLR(optimizer, [steps // 2, 3 * steps // 4])
 
 
 def train(meta, args, cfg, prep):
@@ -273,8 +275,6 @@ def train(meta, args, cfg, prep):
         if not np.isfinite(list(terms.values())).all():
             sys.exit(f"{name}: no number in epoch {epoch}: {terms}: train again with a lower lr")
         auroc = validate(average, data)
-        if cfg.scheduler == "plateau":
-            scheduler.step(auroc)
         if auroc > best_of(log)["val_auroc"]:
             kept = copy.deepcopy(average.state_dict())
         lr = optimizer.param_groups[0]["lr"]
@@ -290,13 +290,23 @@ def train(meta, args, cfg, prep):
                            "random_cuda": torch.cuda.get_rng_state_all()})
 
     best = best_of(log)
-    meta.update(val_auroc=best["val_auroc"], best_epoch=best["epoch"], epochs=log[-1]["epoch"],
-                seconds=round(seconds, 1), threads=torch.get_num_threads())
+    meta.update(
+        val_auroc=best["val_auroc"], best_epoch=best["epoch"], epochs=log[-1]["epoch"],
+        seconds=round(seconds, 1), hardware=hardware(args), threads=torch.get_num_threads())
     common.save(out.with_name("log.jsonl"), "".join(json.dumps(line) + "\n" for line in log))
     state = {k: v.cpu() for k, v in kept.items()}
     common.save(out, {"meta": meta, "state": state})  # last: with it the model is finished
     last.unlink(missing_ok=True)
     return meta["val_auroc"]
+
+
+def hardware(args):
+    """The name of the GPU that is used, or else of the CPU with its number of cores."""
+    if args.device.type == "cuda":
+        return torch.cuda.get_device_name(args.device)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
 
 
 def best_of(log):
@@ -428,8 +438,6 @@ def main():
     args = common.parse(p)
     cfg = settings(args, p)
     names = [*dict.fromkeys(args.model or BRANCHES)]
-    if args.round < 1 or args.round > 1 and set(names) & set(BOXES):
-        p.error("--round 2 continues prototype models; black boxes have one round")
     prep = common.load_prep(args.prep)
     prep.x = torch.from_numpy(prep.signals).to(args.device)  # 1 GB; on a CPU the file itself
     metas = [describe(name, args, cfg, prep) for name in names]  # exits before any is trained

@@ -1,7 +1,6 @@
 """Script 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a page for clinicians.
 
-What a prototype looks at is blue: 0.94 s of all leads (partial), the strip (1D), or nothing, as it
-is all of it (global). Pages lead from the logit of the average training record to that of this one.
+Blue is what a prototype looks at: 0.94 s (partial), the strip (1D); nothing, if all (global).
 
 reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
         RUN/MODEL/projected.pt, prototypes.json, prototypes.npy.gz; PREP for --case alone
@@ -38,10 +37,8 @@ from common import BOXES, CODES, LEADS, RATE, SAMPLES
 NAMES = [lead.replace("AV", "aV") for lead in LEADS]
 ROWS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]  # of leads, on clinical paper
 STEP = 25 / RATE  # mm a sample, at 25 mm/s
-LEFT, WIDTH = 15, 270  # mm: where traces begin, and the paper's width
+LEFT, WIDTH, MARGIN = 15, 270, 13.5  # mm: of the traces' start, a paper, a sheet
 PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
-MARGIN = 13.5  # mm, of a sheet
-SHOWN = 2  # pieces of evidence whose nearest prototypes a sheet shows
 SAID = "label", "classifier", "probability", "threshold", "predicted", "logit"
 BLUE, ORANGE, GREY = "#0b4f8a", "#d55e00", "#888888"
 
@@ -108,11 +105,6 @@ def letters(x, y, mm, text, style=""):
             f'stroke-width="0.7" paint-order="stroke"{style}>{escape(text)}</text>')
 
 
-def rectangle(x, y, w, h, style):
-    """A box with its upper left corner at (x, y)."""
-    return f'<rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" {style}/>'
-
-
 def draw(scene, left=0, top=0):
     """A scene, its upper left corner at (left, top)."""
     w, h, shapes = scene["w"], scene["h"], [f'<g transform="translate({left} {top})">']
@@ -120,9 +112,10 @@ def draw(scene, left=0, top=0):
         d = "".join(f"M{x} 0V{h}" for x in range(0, w + 1, step))
         d += "".join(f"M0 {y}H{w}" for y in range(0, h + 1, step))
         shapes.append(f'<path d="{d}" stroke="{colour}" stroke-width="{mm}"/>')
-    for *box, filled in scene["boxes"]:
-        style = f'fill="#56b4e9" fill-opacity="{0.22 * filled}" stroke="{BLUE}" stroke-width="0.3"'
-        shapes.append(rectangle(*box, style))
+    for x, y, width, height, filled in scene["boxes"]:
+        shapes.append(
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" stroke="{BLUE}" '
+            f'stroke-width="0.3" fill="#56b4e9" fill-opacity="{0.22 * filled}"/>')
     for x, y in scene["traces"]:  # in twentieths of a mm, from point to point
         first, *changes = np.diff(np.round(20 * y), prepend=0).astype(int).tolist()
         points = " ".join(f"{20 * STEP:.0f} {change}" for change in changes)
@@ -142,24 +135,22 @@ def draw_bars(bars, top):
         colour = BLUE if value > 0 else ORANGE
         if i in (0, len(bars) - 1):  # where the sum begins, and itself
             colour = GREY
-        shapes += [rectangle(x, y - 1.8, mm * abs(value), 3.6, f'fill="{colour}"'),
+        box = f'x="{x:.2f}" y="{y - 1.8:.2f}" width="{mm * abs(value):.2f}" height="3.6"'
+        shapes += [f'<rect {box} fill="{colour}"/>',
                    letters(MARGIN, y + 1.2, 3.5, what), letters(154, y + 1.2, 3.5, more),
                    letters(78, y + 1.2, 3.5, f"{value:+.2f}", ' text-anchor="end"')]
     return "".join(shapes)
 
 
-def sheet(title, text, items):
-    """A page as SVG: title, text, then from top to bottom `items`: rows of scenes, lines of text
-    of which the first is a heading, or lists of bars (what, value, more)."""
-    bold, lines = ' font-weight="bold"', textwrap.wrap(text, 145)
-    shapes = [letters(MARGIN, 10, 4.5, title, bold)]
-    shapes += [letters(MARGIN, 17 + 5 * i, 3.5, line) for i, line in enumerate(lines)]
-    y = 19 + 5 * len(lines)
+def sheet(items):
+    """A page as SVG, from top to bottom: rows of scenes, lines of text of which the first is a
+    heading, or lists of bars (what, value, more)."""
+    shapes, y = [], 5
     for item in items:
         if isinstance(item, str):
             heading, *more = item.splitlines()
-            shapes.append(letters(MARGIN, y + 5, 4, heading, bold))
-            shapes += [letters(MARGIN, y + 10, 3.5, line) for line in more]
+            shapes.append(letters(MARGIN, y + 5, 4.2, heading, ' font-weight="bold"'))
+            shapes += [letters(MARGIN, y + 10.5 + 5 * i, 3.5, s) for i, s in enumerate(more)]
             y += 7 + 5 * len(more)
         elif isinstance(item[0], dict):
             for left, scene in zip((MARGIN, MARGIN + WIDTH - item[-1]["w"]), item):
@@ -180,8 +171,9 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</tit
 
 def source(q):
     """A prototype and where it comes from, in words."""
-    text = "prototype {model} {index}: training ECG {ecg_id}, {0:.2f} to {1:.2f} s"
-    return text.format(*np.divide(q["samples"], RATE), **q)
+    first, end = np.divide(q["samples"], RATE)
+    text = "prototype {model} {index}: training ECG {ecg_id}".format(**q)
+    return f"{text}, {first:.2f} to {end:.2f} s"
 
 
 def album(args, heads, words, review=False):
@@ -306,13 +298,10 @@ def read_wfdb(path, start=0.0):
         lead = "|".join(LEADS)
         no_gain = re.search(rf"(?mi)^[^#\s]\S*\s+\S+[ \t]+0[.0]*[(/ \t].*\s({lead})\s*$", text)
     except Exception as e:  # wfdb raises many kinds on a damaged file
-        reason = str(e).splitlines()[0] if str(e) else ""
-        sys.exit(f"{path} is not a record that wfdb can read ({type(e).__name__}: {reason}): its "
-                 ".hea is text, where dates, and dots and spaces in names, can be mended")
-    frames = getattr(header, "samps_per_frame", None) or [1]
-    if record.p_signal is None or not 50 <= fs <= 10_000 or max(frames) > 1:
-        sys.exit(f"{path} has no signals, {fs:g} Hz, or leads of several rates: it must have 50 to "
-                 "10,000 Hz, one sample a frame")
+        sys.exit(f"{path} is not a record that wfdb can read ({e!r:.200}): its .hea is text, where "
+                 "dates, and dots and spaces in names, can be mended")
+    if record.p_signal is None or not 50 <= fs <= 10_000:
+        sys.exit(f"{path} has no signals, or {fs:g} Hz: it must have 50 to 10,000")
     seconds = len(record.p_signal) / fs
     if seconds < 9.98:
         sys.exit(f"{path} has {seconds:.3f} s from {start:g} s on: the model needs 10 s")
@@ -332,8 +321,7 @@ def read_wfdb(path, start=0.0):
     height = np.ptp(x, axis=1)
     if height.max() < 0.1:
         sys.exit(f"{path} is flat, or its gain or unit is wrong: no lead is 0.1 mV high")
-    flat = ", ".join(name for name, mv in zip(NAMES, height) if mv < 0.01)
-    notes = [f"Flat leads: {flat}."] if flat else []
+    notes = [f"Lead {name} is flat." for name, mv in zip(NAMES, height) if mv < 0.01]
     if no_gain:
         notes.append("Not calibrated: with a gain of 0, 200 units are taken for 1 mV.")
     if start:
@@ -356,7 +344,7 @@ def bars_of(r):
     """Bars for a label's pieces of evidence: all but a rest of under 5 %."""
     sizes = [abs(piece["contribution"]) for piece in r["pieces"]]
     most = 1 + int(np.searchsorted(np.cumsum(sizes), 0.95 * sum(sizes)))
-    bars = []
+    bars = [("the average training record", r["average"], "")]
     for piece in r["pieces"][:most]:
         ids = " ".join(str(q["ecg_id"]) for q in piece["prototypes"])
         like = "like" if piece["similarity"] > piece["mean"] else "unlike"
@@ -366,21 +354,20 @@ def bars_of(r):
     rest = [piece["contribution"] for piece in r["pieces"][most:]]
     if rest:
         bars.append((f"and {len(rest)} more, together", sum(rest), ""))
-    first, last = ("the average training record", r["average"], ""), ("logit", r["logit"], "")
-    return [first, *bars, last]
+    return [*bars, ("logit", r["logit"], "")]
 
 
 def page(case, x, r, head, words):
-    """Title, text and items of the sheet that explains what is said of label r to ECG x."""
-    known = "; ".join(words[c] for c in case["true_labels"] or []) or "not known"
+    """The items of the sheet that explains what is said of label r to ECG x."""
+    known = "; ".join(words[c] for c in case.get("true_labels", [])) or "not known"
     text = " ".join([
         f"{case['title']}. Probability {shown(r['probability'])}, predicted from "
         f"{shown(r['threshold'])} on, by the {r['classifier']} classifier. True labels: {known}.",
         *case["notes"], "For research, not for clinical use."])
     by_id = {(q["model"], q["index"]): q for q in head.prototypes}
     pairs, first = [], None
-    speaking = [q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"]][:SHOWN]
-    for piece in speaking:
+    speaking = [q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"]]
+    for piece in speaking[:2]:
         if abs(piece["contribution"]) < abs(speaking[0]["contribution"]) / 5:
             break
         nearest = piece["prototypes"][0]
@@ -396,8 +383,8 @@ def page(case, x, r, head, words):
             pairs.append([whole(q["x"], q["kind"])])
     ecg, heading = [whole(x, *first or ("global", []))], "What speaks for and against it"
     verdict = "predicted" if r["predicted"] else "not predicted"
-    title = f"{head.mark}{words[r['label']]} {verdict}"
-    return title, text, [ecg, heading, bars_of(r), *pairs]
+    title = [f"{head.mark}{words[r['label']]} {verdict}", *textwrap.wrap(text, 145)]
+    return ["\n".join(title), ecg, heading, bars_of(r), *pairs]
 
 
 def shown(p):
@@ -409,14 +396,13 @@ def shown(p):
 
 def write_case(args, heads, words, x, case, results):
     """Write NAME.html, a page to print for each label that is predicted or asked for, and JSON."""
-    explained = [r for r in results if r["predicted"]] or results[:1]
-    if args.label:
-        explained = [r for r in results if r["label"] in args.label]
+    asked = [r for r in results if r["label"] in (args.label or ())]
+    explained = asked or [r for r in results if r["predicted"]] or results[:1]
     path = args.run / "cases" / f"{case['name']}.html"
     text = (PAGE + CASE).replace("TITLE", escape(case["title"]))
     by_name = {head.name: head for head in heads}
     for r in explained:
-        text += sheet(*page(case, x, r, by_name[r["classifier"]], words))
+        text += sheet(page(case, x, r, by_name[r["classifier"]], words))
     common.save(path, text)
     inputs = [(args.run / f"classifiers/{head.name}.pt", vars(head)) for head in heads]
     common.save(path.with_suffix(".json"), {
@@ -442,12 +428,11 @@ def explain_records(args, heads, words):
         except SystemExit as e:
             failed.append(str(e))
             continue
-        same = [q for q in prototypes if np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.75]
-        for q in same[:1]:  # PTB-XL's ECGs are in other data sets too, at other rates
-            notes.append(f"This is training ECG {q['ecg_id']}.")
-            if q["patient"] >= 0:
-                notes.append("Prototypes of its patient do not count.")
-        patient = same[0]["patient"] if same else None
+        patient = None
+        for q in prototypes:  # PTB-XL's ECGs are in other data sets too, at other rates
+            if patient is None and np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.75:
+                patient = q["patient"]
+                notes.append(f"This is training ECG {q['ecg_id']}.")
         results = common.explain(heads, x, patient)
         for r in results:
             pieces = [f"{q['class']} {q['contribution']:+.2f}" for q in r["pieces"][:3]]
@@ -457,20 +442,17 @@ def explain_records(args, heads, words):
             place = f"{os.path.abspath(path)} {args.start}".encode("utf-8", "surrogateescape")
             name = re.sub(r"\W+", "-", Path(said).name).strip("-")[:60]
             write_case(args, heads, words, x, {
-                "name": f"record-{name}-{hashlib.sha256(place).hexdigest()[:6]}",
-                "title": f"{heads[0].mark}record {said[-70:]}", "true_labels": None,
-                "ecg_id": None, "record": said, "notes": notes}, results)
+                "name": f"record-{name}-{hashlib.sha256(place).hexdigest()[:6]}", "record": said,
+                "title": f"{heads[0].mark}record {said[-70:]}", "notes": notes}, results)
     if len(paths) > 1 and rows:
-        table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6f")
-        common.save(args.run / "cases/records.csv", table)
+        common.save(args.run / "cases/records.csv", pd.DataFrame(rows).to_csv(index=False))
         print(f"{args.run}: {len(paths) - len(failed)} records -> {args.run}/cases/records.csv")
     if failed:
         sys.exit("\n".join(failed))
 
 
-CASE = """@page { size: A4; margin: 0 }
+CASE = """@page { size: A4; margin: 0 } @media print { body { margin: 0 } }
 svg { display: block; max-width: 100%; max-height: 296mm; height: auto; break-after: page }
-@media print { body { margin: 0 } }
 </style>
 """
 
@@ -508,8 +490,8 @@ def main():
             labels = [c for c, on in zip(CODES, prep.labels[row]) if on]
             results = common.explain(heads, prep.signals[row], prep.patient_ids[row])
             write_case(args, heads, words, prep.signals[row], {
-                "name": str(ecg_id), "title": f"{heads[0].mark}{part} ECG {ecg_id}", "notes": [],
-                "true_labels": labels, "ecg_id": ecg_id, "record": None}, results)
+                "name": str(ecg_id), "ecg_id": ecg_id, "true_labels": labels,
+                "title": f"{heads[0].mark}{part} ECG {ecg_id}", "notes": []}, results)
     if not args.case:
         album(args, heads, words)
 

@@ -29,6 +29,9 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
+FORMAT = 3  # of files, raised when their layout changes
+torch.backends.cudnn.allow_tf32 = False  # projection compares cosines near 1
+
 # ---- Labels (3.1 and Appendix G, in PTB-XL's spelling and the row order of its scp_statements.csv)
 
 LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()
@@ -48,9 +51,7 @@ GROUPS = {
     "global": _GLOBAL,
     "all": CODES}
 
-# Every model that can be trained: (kind of prototype, label group). blackbox-2d differs from
-# blackbox-1d by its start from ImageNet alone
-MODELS = {
+MODELS = {  # (kind of prototype, label group); blackbox-2d can start from ImageNet, -1d cannot
     "rhythm": ("1d", "rhythm"), "morphology": ("partial", "morphology"),
     "global": ("global", "global"),
     "all-1d": ("1d", "all"), "all-partial": ("partial", "all"), "all-global": ("global", "all"),
@@ -133,19 +134,13 @@ RECIPES = {"default": Config(), "paper": PAPER}
 
 # ---- Backbone (3.3)
 
-torch.backends.cudnn.allow_tf32 = False  # projection compares cosines near 1
-
-
 class Conv(nn.Conv1d):
-    """A 1D convolution as a 1 x k 2D one, the batch on the height axis: x [1, C, B, L].
-
-    On a CPU that is twice as fast. oneDNN multiplies memory that it never wrote by zero in the
-    gradient of the weights: NaN, where a NaN lay there, so NaN becomes 0.
-    """
+    """A 1D convolution as a 1 x k 2D one, the batch on the height axis: x [1, C, B, L]. On a CPU
+    that is twice as fast."""
 
     def forward(self, x):
         weight, stride = self.weight[:, :, None], (1, *self.stride)
-        if weight.requires_grad:
+        if weight.requires_grad:  # oneDNN takes 0 times memory that it never wrote, perhaps NaN
             weight.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
         return F.conv2d(x, weight, stride=stride, padding=(0, *self.padding))
 
@@ -159,15 +154,14 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = Conv(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.downsample = None
+        self.downsample = nn.Identity()
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(
                 Conv(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(h)) + self.downsample(x), inplace=True)
 
 
 class ResNet18(nn.Module):
@@ -257,18 +251,15 @@ class ProtoECGNet(BlackBox):
 
     kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes. p_class [P] says whose
     a prototype is, p_patient [P] whose records do not count for it. With cfg.tie = "class" the head
-    sees the mean similarity to each class: W = V A^T with V [C, C] and A [P, C]. The black box's
-    own layer, for all 71 labels, only helps to train the backbone (Config.auxiliary).
+    sees the mean similarity to each class: W = V A^T with V [C, C] and A [P, C].
     """
 
     def __init__(self, kind, classes, per_class, cfg):
-        super().__init__(CODES, cfg)  # its linear layer is for all 71 labels
+        super().__init__(CODES, cfg)  # all 71 labels help to train the backbone: Config.auxiliary
         self.kind, self.classes = kind, list(classes)
         self.a = cfg.a[list(WINDOW).index(kind)]
         self.top_k = cfg.top_k if kind == "partial" else 1
-        channels = self.backbone.channels
-        if kind == "1d" and cfg.pool == "meanmax":
-            channels *= 2
+        channels = self.linear.in_features if kind == "1d" else self.backbone.channels
         dim = cfg.latent_dim or channels
         if cfg.add_on == "sigmoid":
             self.add_on = nn.Sequential(
@@ -315,10 +306,8 @@ class ProtoECGNet(BlackBox):
 
 
 def window_samples(kind, window):
-    """(first, end) sample that a latent window stands for (Appendix D): step k is at sample 32 k.
-
-    A partial window k..k+2 is 0.94 s around step k + 1, clipped; the others are the whole record.
-    """
+    """(first, end) sample that a latent window stands for (Appendix D): of a partial one k..k+2
+    0.94 s around step k + 1, at sample 32 (k + 1), clipped; else the whole record."""
     if kind != "partial":
         return 0, SAMPLES
     centre = 32 * (window + 1)
@@ -328,8 +317,7 @@ def window_samples(kind, window):
 # ---- AUROC (3.1)
 
 def auroc(y, score):
-    """AUROC of each column (Mann-Whitney with midranks): y, score [N, C] -> [C]; NaN without both
-    a positive and a negative."""
+    """AUROC of each column (Mann-Whitney, midranks): y, score [N, C] -> [C]; NaN if all y agree."""
     y = np.asarray(y, bool)
     ranks = rankdata(score, axis=0)
     positive = y.sum(0)
@@ -366,11 +354,8 @@ def load_run(run, models=None, device="cpu"):
             folder, maker = args.run / branch, "03_project.py"
             head.networks.append(load_model(folder / "projected.pt", maker, args)[0])
             info = load(folder / "prototypes.json", maker, args)
-            patients = head.networks[-1].p_patient.tolist()
             ecgs = load(folder / "prototypes.npy.gz", maker)  # uV
-            for q, x, patient in zip(info["prototypes"], ecgs, patients):
-                more = {"model": branch, "kind": info["kind"], "patient": patient, "x": x / 1000}
-                head.prototypes.append({**q, **more})
+            head.prototypes += [{**q, "x": x / 1000} for q, x in zip(info["prototypes"], ecgs)]
             head.descriptions, data = info["descriptions"], info["data"]
             head.mark = "" if data == "PTB-XL v1.0.3" else f"{data}: "
         heads.append(head)
@@ -501,9 +486,6 @@ def run(main):
 
 # ---- Files: written whole or not at all; each says what it was made from
 
-FORMAT = 2  # raised when the layout of a file changes
-
-
 def save(path, value):
     """Write a .npy or .npy.gz array, a .pt or .json value, text or bytes: all of it, at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -561,7 +543,7 @@ def provenance(args, *inputs):
     commands.append(f"{own}  # again" if again else own)
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {"format": FORMAT, "made_from": made_from, "commands": list(dict.fromkeys(commands)),
-            "versions": versions, "hardware": hardware(args.device)}
+            "versions": versions}
 
 
 def file_hash(path):
@@ -570,29 +552,18 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def hardware(device):
-    """The name of the GPU that `device` is, or else of the CPU with its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
-    return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
-
-
 def load_prep(folder):
-    """The arrays of 01 as a namespace: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71],
-    folds, ecg_ids, patient_ids [N], row_of {ecg_id: row}, train, val, test, later [N] bool, info
-    (preprocess.json) and path, whose fingerprint stands for all of them."""
+    """The arrays of 01: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71]; folds, ecg_ids,
+    patient_ids [N]; train, val, test, later [N] bool; row_of {ecg_id: row}; info and its path."""
     path, maker = folder / "preprocess.json", "01_preprocess.py"
     info = load(path, maker)
     prep = SimpleNamespace(info=info, path=path)
-    for name in ("signals", "labels", "folds", "ecg_ids", "patient_ids"):
+    for name, sha256 in info["sha256"].items():
         file = folder / f"{name}.npy"
         setattr(prep, name, load(file, maker))
-        if name != "signals" and file_hash(file) != info["sha256"][name]:  # signals: 1 GB
+        whole = len(getattr(prep, name)) == info["records"]
+        if not whole or name != "signals" and file_hash(file) != sha256:  # signals: 1 GB
             sys.exit(f"{file} does not belong to {path}: run {maker} again")
-    if len(prep.signals) != len(prep.labels):
-        sys.exit(f"{folder}/signals.npy does not belong to {path}: run {maker} again")
     prep.train, prep.val, prep.test = prep.folds <= 8, prep.folds == 9, prep.folds == 10
     prep.later = ~prep.train
     prep.row_of = {e: i for i, e in enumerate(prep.ecg_ids.tolist())}

@@ -128,7 +128,7 @@ def main():
     args = common.parse(p)
     dtype = [torch.float32, torch.bfloat16][stage_2.bfloat16_is_fast(args.device.type)]
     peak, _, _, busy = watched(matrix_peak, dtype, args.device)
-    machine = {"hardware": common.hardware(args.device), "threads": torch.get_num_threads(),
+    machine = {"hardware": stage_2.hardware(args), "threads": torch.get_num_threads(),
                "load average": os.getloadavg()[0], "torch": torch.__version__, "width": args.width,
                "type": str(dtype), "peak GFLOP/s": BUSY if busy else round(peak / 1e9)}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:

@@ -49,7 +49,7 @@ def compare(prep, width, records=1280, times=3):
     Both take the same first records of folds 1-8 in batches of Config.batch, without augmentation,
     in turn.
     """
-    cfg = common.Config(width=width, augment=False, ema=0.0, pool="mean", scheduler="plateau")
+    cfg = common.Config(width=width, augment=False, ema=0.0, pool="mean")
     prep = common.load_prep(prep)
     rows = np.flatnonzero(prep.train)[:records]
     x = torch.from_numpy(np.array(prep.signals[rows]))
@@ -57,7 +57,7 @@ def compare(prep, width, records=1280, times=3):
     loader = DataLoader(TensorDataset(x, y), cfg.batch, shuffle=True)
     plain, ours = resnet(width), common.BlackBox(common.CODES, cfg)
     optimizer = torch.optim.AdamW(plain.parameters(), cfg.lr)
-    our_optimizer, _ = stage_2.make_optimizer(ours, cfg, 1)
+    our_training = stage_2.make_optimizer(ours, cfg, 10**6)
     data = SimpleNamespace(x=x, y=y, all_y=y, rows=torch.arange(len(rows)), w=None, draw=None)
 
     def plain_epoch():
@@ -67,7 +67,7 @@ def compare(prep, width, records=1280, times=3):
             optimizer.step()
 
     def our_epoch():
-        stage_2.train_epoch(ours, ours, data, our_optimizer, None, cfg, 1)
+        stage_2.train_epoch(ours, ours, data, *our_training, cfg, 1)
 
     seconds = [[timeit.timeit(f, number=1) for f in (plain_epoch, our_epoch)]
                for _ in range(times + 1)]

@@ -62,13 +62,13 @@ def test_prototypes_are_real_windows_of_their_class_in_folds_1_to_8(tiny_prep, p
         labels = prep.labels[prep.row_of[q["ecg_id"]]]
         assert q["labels"] == [code for code, on in zip(common.CODES, labels) if on]
         assert tuple(q["samples"]) == common.window_samples(net.kind, q["window"])
-        assert net.p_patient[j] == prep.patient_ids[rows[i]]
+        assert q["patient"] == net.p_patient[j] == prep.patient_ids[rows[i]]
         assert np.abs(x[j] - 1000 * prep.signals[rows[i]]).max() <= 0.51  # microvolt, rounded
     places = {(q["class"], q["ecg_id"], q["window"]) for q in found["prototypes"]}
     gaps = [1 - q["similarity"] for q in found["prototypes"]]
     assert found["distinct"] == len(places)
     assert found["gap"] == pytest.approx(np.mean(gaps))
-    assert (found["kind"], found["model"]) == (net.kind, model)
+    assert {(q["kind"], q["model"]) for q in found["prototypes"]} == {(net.kind, model)}
 
 
 def test_p_joint_is_what_was_projected(tiny_prep, project, capsys):

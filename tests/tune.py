@@ -2,7 +2,7 @@
 
     python tests/tune.py --model rhythm --trials 200 --study sqlite:///tune.db
     python tests/tune.py --model rhythm --trials 1000 --study sqlite:///lambdas.db \\
-        --search lambdas --set dropout=0.3 batch=32 lr=1e-3 scheduler=plateau
+        --search lambdas --set dropout=0.3 batch=32 lr=1e-3 scheduler=step
 
 A trial trains (02), projects (03) and fits the sparse classifier (04) in a temporary run folder.
 Its value is the classifier's macro-AUROC on fold 9; no label of fold 10 is read. Trials that
