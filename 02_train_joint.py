@@ -337,10 +337,9 @@ def describe(name, args, cfg, prep):
     if (y_val == y_val[:1]).all():
         sys.exit(f"{args.prep} has no {group} label to learn in folds 1-8 and to judge in fold 9: "
                  "run 01_preprocess.py with more records")
-    here = Path(__file__).parent
     meta = {"config": asdict(cfg), "model": name, "round": args.round, "classes": classes,
-            "per_class": None,
-            "code": {f: common.file_hash(here / f) for f in ("common.py", MAKER)}}
+            "per_class": None, "code": {
+                f: common.file_hash(Path(__file__).with_name(f)) for f in ("common.py", MAKER)}}
     if kind != "blackbox":  # no more prototypes than the class has windows
         most = cfg.per_class[list(WINDOW).index(kind)]
         windows = 32 - WINDOW["partial"] + 1 if kind == "partial" else 1
@@ -437,10 +436,11 @@ def main():
                    help=f"default: data/{IMAGENET}")
     args = common.parse(p)
     cfg = settings(args, p)
-    names = [*dict.fromkeys(args.model or BRANCHES)]
     prep = common.load_prep(args.prep)
     prep.x = torch.from_numpy(prep.signals).to(args.device)  # 1 GB; on a CPU the file itself
-    metas = [describe(name, args, cfg, prep) for name in names]  # exits before any is trained
+    metas = [describe(name, args, cfg, prep) for name in dict.fromkeys(args.model or BRANCHES)]
+    for meta in metas:  # what cannot be trained ends here, before hours of work
+        made_before(args.run / meta["model"] / "joint.pt", meta) or start(meta, args, cfg, prep)
     best = {meta["model"]: train(meta, args, cfg, prep) for meta in metas}
     results = ", ".join(f"{name} {auroc:.4f}" for name, auroc in best.items())
     print(f"{args.run}: {results} (fold-9 macro-AUROC)")

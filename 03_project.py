@@ -1,8 +1,8 @@
 """Script 03, projection (paper 3.5, Stage 2, Eq. 8): each prototype becomes a patch of a real ECG.
 
 Of all windows of all training records (folds 1-8) that carry the prototype's label it takes the
-most similar; prototypes of one class keep apart. Prints the gap (mean of 1 - cosine of a prototype
-and its patch). What it costs in AUROC is seen in 04, which fits a classifier to either.
+most similar; in our recipe prototypes of a class keep apart. Prints the gap (mean of 1 - cosine of
+a prototype and its patch). What it costs in AUROC is seen in 04, which fits a classifier to either.
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/joint.pt
 writes  RUN/MODEL/projected.pt; prototypes.json, with source and similarity of each;
@@ -32,16 +32,16 @@ def project(z, carries, ids, p, p_class, unique=False):
         own = torch.where(p_class == c)[0].tolist()
         members = np.flatnonzero(carries[:, c])  # Z_j of Eq. (8)
         # in float64, rounded: in float32 equal windows may differ by a last bit
-        S = torch.cat([common.similarity(z[part].to(p).double(), p[own].double()).float()
+        S = torch.cat([common.similarity(z[part].double(), p[own].double()).float()
                        for part in np.array_split(members, -(-len(members) // 512))])
-        S = S.transpose(0, 1).cpu().numpy()  # [own, n, windows]
+        S = S.transpose(0, 1).numpy()  # [own, n, windows]
         free = S.copy()
         for i in np.argsort(-S.max((1, 2)), kind="stable"):
             record, window = np.unravel_index(free[i].argmax(), free[i].shape)
             if unique:  # within two latent steps is one place: below every cosine of a free one
                 free[:, record, max(0, window - 2):window + 3] -= 4
             j, row = own[i], members[record]
-            projected[j] = z[row, :, window:window + p.shape[2]].to(p)  # Eq. (8)
+            projected[j] = z[row, :, window:window + p.shape[2]]  # Eq. (8)
             found[j] = int(ids[row]), int(window), float(S[i, record, window])
     return projected, found
 
@@ -52,10 +52,11 @@ def main():
     rows = np.flatnonzero(prep.train)  # by ecg_id, as 01 sorts them
     names = [n for n in args.model or common.trained_models(args.run) if n not in BOXES]
     for name in names:
-        path = args.run / name / "joint.pt"
-        model, meta = common.load_model(path, "02_train_joint.py", args)
-        cfg, p_joint = common.Config(**meta["config"]), model.p.data.clone()
+        joint, path = (args.run / name / f"{kind}.pt" for kind in ("joint", "projected"))
+        model, meta = common.load_model(joint, "02_train_joint.py", args)
         z = common.batched(model.latent, prep, rows, args.device, f"{name}: latents")
+        cfg, model = common.Config(**meta["config"]), model.cpu()
+        p_joint = model.p.data
         carries = prep.labels[rows][:, common.columns(model.classes)] > 0
         projected, found = project(
             z, carries, prep.ecg_ids[rows], p_joint, model.p_class, cfg.unique)
@@ -73,10 +74,8 @@ def main():
         distinct = len({(q["class"], q["ecg_id"], q["window"]) for q in prototypes})
         microvolt = (1000 * prep.signals[source]).round().clip(-32768, 32767)  # [P, 12, 1000]
         common.save(path.with_name("prototypes.npy.gz"), microvolt.astype(np.int16))
-        meta = {**meta, **common.provenance(args, (path, meta))}
-        path = path.with_name("projected.pt")
-        state = model.cpu().state_dict()
-        common.save(path, {"meta": meta, "p_joint": p_joint.cpu(), "state": state})
+        meta = {**meta, **common.provenance(args, (joint, meta))}
+        common.save(path, {"meta": meta, "p_joint": p_joint, "state": model.state_dict()})
         common.save(path.with_name("prototypes.json"), {
             **common.provenance(args, (path, meta)), "gap": gap, "distinct": distinct,
             "descriptions": prep.info["descriptions"], "data": prep.info["data"],

@@ -2,7 +2,7 @@
 
 Solves Eq. (10) on folds 1-8, for each branch and for all. Weights of other classes
 have L1, of a strength chosen on fold 9. In our recipe a label has one weight for all
-prototypes of a class, and none of them counts for its own patient.
+prototypes of a class, and none counts on ECGs of the patient it comes from.
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/projected.pt, RUN/blackbox-*/joint.pt
 writes  RUN/classifiers/NAME.pt: logits of folds 9 and 10 [., 71], thresholds [C],
@@ -73,7 +73,7 @@ def fit(X, Y, off, lambda_, W=None, b=None):
 
 
 def newton(X, y, l1, l2, v):
-    """Eq. (10) for one class: X [N, A], y [N], l1, l2, start v [A] -> v, its violation.
+    """Eq. (10) for one class: X [N, F + 1], y [N], l1, l2, start v -> v, its violation.
 
     Proximal Newton, with step halving, on a working set: weights that are not zero,
     have no L1, or violate optimality most.
@@ -184,7 +184,7 @@ def save_classifier(args, prep, name, logits, classes, inputs, arrays={}, **more
 
 
 def fit_classifier(args, prep, name, branches, own_only=False):
-    """Fit Eq. (10) to scores of branches, then to those before projection."""
+    """Fit Eq. (10) to scores of branches, then, as strongly, to those before projection."""
     cfg, models = branches[0].cfg, [branch.model for branch in branches]
     p_code = [m.classes[c] for m in models for c in m.p_class.tolist()]
     p_patient = torch.cat([m.p_patient for m in models]).cpu().numpy()
@@ -266,8 +266,8 @@ def main():
 
     if all(b in branches for b in BRANCHES):
         three = [branches[b] for b in BRANCHES]
-        if len({branch.cfg.recipe for branch in three}) > 1:
-            sys.exit(f"{args.run} holds branches of both recipes: train them with one of them")
+        if len({(branch.cfg.recipe, branch.cfg.tie) for branch in three}) > 1:
+            sys.exit(f"{args.run} has branches of two recipes or ties: train them with one")
         fit_classifier(args, prep, "fusion", three)
         fit_classifier(args, prep, "fusion-own", three, own_only=True)
     merge(args, prep, "macro", BRANCHES)

@@ -316,12 +316,12 @@ def paper_table(m):
     """The paper's Tables 1 and 2, ours beside."""
     head = ["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours",
             "black box: paper", "ours"]
-    of = {loss: f" of {run}" for run, loss in m["against"].items()}
-    of[m["contrastive"]] = ""
+    of = {m["contrastive"]: "", not m["contrastive"]: " of no run"}
+    of |= {loss: f" of {run}" for run, loss in m["against"].items()}
     found, rows = m["predictions"], []
     for setting, name, off, on, box, box_auroc in PAPER:
         if name in found or box in found:
-            names = f"{name}{of.get(False)}", f"{name}{of.get(True)}", box
+            names = name + of[False], name + of[True], box
             ours = [found[n]["auroc"] if n in found else "not run" for n in names]
             rows.append([setting, off, ours[0], on, ours[1], box_auroc, box and ours[2]])
     return table(head, rows)
@@ -480,7 +480,7 @@ def results_html(args, m, text):
     for path in cases:
         try:
             common.load(path, "06_plot_prototypes.py", args)
-            page += path.with_suffix(".html").read_text().partition("</style>")[2]
+            page += path.with_suffix(".html").read_text("utf-8").partition("</style>")[2]
         except SystemExit as e:
             page += f"<p>{escape(str(e))}</p>"
     if not cases:
@@ -492,7 +492,7 @@ def results_html(args, m, text):
 def ratings_table(files):
     """Print Table 3 (4.4): means with intervals, quadratic kappas."""
     criteria, rows = ["representativeness", "clarity"], []
-    found = [json.loads(f.read_text()) for f in files]
+    found = [json.loads(f.read_text("utf-8")) for f in files]
     pages = {(r.get("kind"), str(r.get("made"))) for r in found}
     each = {r.get("reviewer"): pd.DataFrame(
         r.get("ratings"), [*criteria, "mark"]).T for r in found}

@@ -1,6 +1,6 @@
 """Script 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a page for clinicians.
 
-Blue is what a prototype looks at: 0.94 s (partial), the strip (1D); nothing, if all (global).
+Blue is what a prototype looks at: 0.94 s (partial) or the strip (1D); a global one looks at all.
 
 reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
         RUN/MODEL/projected.pt, prototypes.json, prototypes.npy.gz; PREP for --case alone
@@ -298,7 +298,7 @@ def read_wfdb(path, start=0.0):
         lead = "|".join(LEADS)
         no_gain = re.search(rf"(?mi)^[^#\s]\S*\s+\S+[ \t]+0[.0]*[(/ \t].*\s({lead})\s*$", text)
     except Exception as e:  # wfdb raises many kinds on a damaged file
-        sys.exit(f"{path} is not a record that wfdb can read ({e!r:.200}): its .hea is text, where "
+        sys.exit(f"{path} cannot be read from {start:g} s on ({e!r:.200}): its .hea is text, where "
                  "dates, and dots and spaces in names, can be mended")
     if record.p_signal is None or not 50 <= fs <= 10_000:
         sys.exit(f"{path} has no signals, or {fs:g} Hz: it must have 50 to 10,000")
@@ -347,10 +347,8 @@ def bars_of(r):
     bars = [("the average training record", r["average"], "")]
     for piece in r["pieces"][:most]:
         ids = " ".join(str(q["ecg_id"]) for q in piece["prototypes"])
-        like = "like" if piece["similarity"] > piece["mean"] else "unlike"
-        bars.append((f"{like} {piece['class']}", piece["contribution"],
-                     f"similarity {piece['similarity']:.2f}, average {piece['mean']:.2f}, to ECG "
-                     f"{ids}"))
+        more = "similarity {similarity:.2f}, average {mean:.2f}, to ECG".format(**piece)
+        bars.append((piece["claim"], piece["contribution"], f"{more} {ids}"))
     rest = [piece["contribution"] for piece in r["pieces"][most:]]
     if rest:
         bars.append((f"and {len(rest)} more, together", sum(rest), ""))
@@ -375,7 +373,7 @@ def page(case, x, r, head, words):
         windows = matched_windows(head, q, x)
         first = first or (q["kind"], windows)
         labels = textwrap.shorten("; ".join(words[c] for c in q["labels"]), 140)
-        pairs.append(f"{piece['class']}: nearest is {source(q)}, similarity "
+        pairs.append(f"{piece['claim']}: nearest is {source(q)}, similarity "
                      f"{nearest['similarity']:.2f}\nlabelled {labels}")
         if q["kind"] == "partial":
             pairs.append([cut_out(x, windows[0]), cut_out(q["x"], q["samples"])])
@@ -420,6 +418,8 @@ def explain_records(args, heads, words):
         stem = re.sub(r"\.(hea|dat|mat)$", "", path)
         if len(args.record) == 1 or Path(f"{stem}.hea").is_file() or not Path(path).exists():
             paths[stem] = os.fsencode(stem).decode("utf-8", "replace")
+    if not paths:
+        sys.exit("none of these is a WFDB record: there is no .hea")
     prototypes = [q for head in heads for q in head.prototypes]
     rows, failed = [], []
     for path, said in tqdm(paths.items(), "records", disable=None):
@@ -480,8 +480,7 @@ def main():
         return explain_records(args, heads, words)
     if args.case or args.demo:
         prep = common.load_prep(args.prep)
-        classifier = args.run / f"classifiers/{heads[0].name}.pt"
-        common.load(classifier, "04_fusion.py", args)  # exits if it is not of this PREP
+        common.load(args.run / f"classifiers/{heads[0].name}.pt", "04_fusion.py", args)  # its PREP?
         for ecg_id in args.case or prep.ecg_ids[prep.test][:1].tolist():
             row = prep.row_of.get(ecg_id)
             if row is None:

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -85,6 +84,7 @@ class Config:
     # Network (3.3)
     width: int = 32              # channels of the first stage; paper: 64, ResNet18
     dropout: float = 0.2         # before the last stage; paper: tuned, place: authors' code
+    linear_dropout: float = 0.5  # ours, before the layer of a black box; paper: 0
     scale_input: bool = True     # StandardScaler per lead, fitted on folds 1-8; paper: silent
     start: str = "random"        # of the backbone; paper: imagenet (2D branches)
     pool: str = "meanmax"        # over time, 1D and black boxes; paper: mean
@@ -114,21 +114,20 @@ class Config:
     weight_decay: float = 0.02
     scheduler: str = "onecycle"  # authors' code: cosine
     augment: bool = True         # amplitude, noise, wander, lost leads, shift, blank; paper: silent
-    crop: int = 500              # samples that augment keeps, but of global, to 4/5 of the epochs
+    crop: int = 500              # samples of a training crop, to 4/5 of the epochs; global: all
     ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
     # Stages 2 and 3
     unique: bool = True          # ours: prototypes of a class lie apart, if they can (03)
     own_patient: bool = False    # whether prototypes count for ECGs of their patient; paper: yes
 
 
-# The authors' settings, run through the paper's equations
-PAPER = Config(
-    recipe="paper", width=64, dropout=0.35, scale_input=False, start="imagenet", pool="mean",
-    add_on="sigmoid", latent_dim=0, per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30, tie="none",
-    lambda_clst=0.004, lambda_sep=0.0004, lambda_div=250.0, lambda_cntrst=600.0, auxiliary=0.0,
-    own=0.0, class_weights=True, head="frozen", head_start=(1.0, -0.5), own_patient=True,
-    epochs=200, patience=10, batch=32, lr=1e-4, optimizer="adam", weight_decay=1.7e-4,
-    scheduler="cosine", augment=False, crop=SAMPLES, ema=0.0, unique=False)
+PAPER = Config(  # the authors' settings, run through the paper's equations
+    recipe="paper", width=64, dropout=0.35, linear_dropout=0.0, scale_input=False, start="imagenet",
+    pool="mean", add_on="sigmoid", latent_dim=0, per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30,
+    tie="none", lambda_clst=0.004, lambda_sep=0.0004, lambda_div=250.0, lambda_cntrst=600.0,
+    auxiliary=0.0, own=0.0, class_weights=True, head="frozen", head_start=(1.0, -0.5),
+    own_patient=True, epochs=200, patience=10, batch=32, lr=1e-4, optimizer="adam",
+    weight_decay=1.7e-4, scheduler="cosine", augment=False, crop=SAMPLES, ema=0.0, unique=False)
 RECIPES = {"default": Config(), "paper": PAPER}
 
 
@@ -229,9 +228,9 @@ class BlackBox(nn.Module):
         self.register_buffer("mean", torch.zeros(12, 1))  # of the leads: Config.scale_input
         self.register_buffer("std", torch.ones(12, 1))
         self.backbone = ResNet18(cfg.width, cfg.dropout)
-        both = cfg.pool == "meanmax"
-        self.dropout = nn.Dropout(0.5 if both else 0.0)
-        self.linear = nn.Linear(self.backbone.channels * (1 + both), len(classes))
+        self.dropout = nn.Dropout(cfg.linear_dropout)
+        many = 2 if cfg.pool == "meanmax" else 1
+        self.linear = nn.Linear(many * self.backbone.channels, len(classes))
 
     def features(self, x):
         """x [B, 12, 1000] mV -> h [B, 8 * width, 32]."""
@@ -272,10 +271,10 @@ class ProtoECGNet(BlackBox):
         self.register_buffer("p_patient", torch.full_like(p_class, -1))
         p = torch.rand(len(p_class), dim, WINDOW[kind])
         self.p = nn.Parameter(p if cfg.add_on == "sigmoid" else p - 0.5)
-        own = F.one_hot(p_class, len(classes)).float()  # [P, C]
-        A = own / own.sum(0).clamp_min(1) if cfg.tie == "class" else torch.eye(len(p_class))
+        of_class = F.one_hot(p_class, len(classes)).float()  # [P, C]
+        A = of_class / of_class.sum(0).clamp_min(1) if cfg.tie == "class" else torch.eye(len(p_class))
         self.register_buffer("A", A, persistent=False)  # [P, C] or [P, P]
-        self.register_buffer("own", own.T @ A > 0, persistent=False)  # [C, .], as W
+        self.register_buffer("own", of_class.T @ A > 0, persistent=False)  # [C, .], as V
         self.head = nn.Linear(A.shape[1], len(classes))
         self.head.weight.data = torch.where(self.own, *cfg.head_start)  # W_cp of 3.5
         nn.init.zeros_(self.head.bias)
@@ -296,9 +295,9 @@ class ProtoECGNet(BlackBox):
 
     def logits(self, s, own=False):
         """s [B, P] -> logits [B, C] of Stage 1's head, or of its own-class weights alone."""
-        W = self.head.weight * self.own if own else self.head.weight
-        with torch.autocast(s.device.type, enabled=False):  # W adds up small differences
-            return F.linear(s @ self.A, W, self.head.bias)
+        V = self.head.weight * self.own if own else self.head.weight
+        with torch.autocast(s.device.type, enabled=False):  # V adds up small differences
+            return F.linear(s @ self.A, V, self.head.bias)
 
     def forward(self, x):
         """x [B, 12, 1000] mV -> logits [B, C]."""
@@ -336,7 +335,7 @@ def macro_auroc(y, score):
 # ---- A finished run: what 06 and a notebook need
 
 def load_run(run, models=None, device="cpu"):
-    """The classifiers of a run folder, which is all that they need: its fusion, or `models`.
+    """The classifiers of a run folder alone: `models`, or its fusion, or else each model's own.
 
     Each is a namespace of name, classes [C], W [C, F], b [C], mean [F], std [F], thresholds [C] on
     the logit, pieces [F] (the class of each piece of evidence), A [P, F] (whose mean similarity a
@@ -367,12 +366,12 @@ def similarities(head, x):
     """x [B, 12, 1000] mV, filtered -> s [B, P], of all branches side by side, Eq. (9)."""
     x = torch.as_tensor(x, dtype=torch.float32, device=head.networks[0].p.device)
     s = [network.scores(network.latent(x)) for network in head.networks]
-    return torch.cat(s, 1).double().cpu().numpy()
+    return torch.cat(s, 1).cpu().double().numpy()
 
 
 def evidence(s, A, counts=True):
-    """The mean similarity to the prototypes of each piece of evidence: s [N, P], A [P, F] whose
-    they are -> [N, F]. Only those that count [N, P]; NaN if none does."""
+    """The mean of s [N, P] over the prototypes of each piece of evidence, which A [P, F] names
+    -> [N, F]; over those that count [N, P] alone, NaN where none does."""
     counts = np.broadcast_to(counts, s.shape).astype(np.float64)
     with np.errstate(invalid="ignore"):
         return (s * counts) @ A / (counts @ A)
@@ -380,23 +379,23 @@ def evidence(s, A, counts=True):
 
 def explain(heads, x, patient=None):
     """What classifiers say of x [12, 1000] mV, filtered, and why: a dict a label, the most probable
-    first. Its `pieces`, the largest first, with their prototypes, the nearest first, lead from
-    `average`, the logit of the average training record, to `logit`. Of `patient` none count.
-    """
+    first. Its `pieces`, the largest first, with their prototypes, the nearest first and none from
+    `patient`, lead from `average`, the logit of the average training record, to `logit`."""
     results = []
     for head in heads:
         s = similarities(head, np.array(x)[None])[0]  # [P]
-        patients = np.array([q["patient"] for q in head.prototypes])  # -1: counts for everyone
-        counts = (patients != patient) | (patients < 0)
+        counts = np.array([q["patient"] < 0 or q["patient"] != patient for q in head.prototypes])
         mean_s = evidence(s[None], head.A, counts)[0]  # [F]
         terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
         nearest = [j for j in np.argsort(-s, kind="stable") if counts[j]]
+        known = [{"model": q["model"], "index": q["index"], "ecg_id": q["ecg_id"],
+                  "similarity": similarity} for q, similarity in zip(head.prototypes, s)]
         pieces = []
         for f, code in enumerate(head.pieces):
-            near = [{**{k: head.prototypes[j][k] for k in ("model", "index", "ecg_id")},
-                     "similarity": s[j]} for j in nearest if head.A[j, f]]
-            pieces.append({"class": code, "similarity": mean_s[f], "mean": head.mean[f],
-                           "std": head.std[f], "prototypes": near})
+            like = "like" if mean_s[f] > head.mean[f] else "unlike"
+            pieces.append({"class": code, "claim": f"{like} {code}", "similarity": mean_s[f],
+                           "mean": head.mean[f], "std": head.std[f],
+                           "prototypes": [known[j] for j in nearest if head.A[j, f]]})
         for c, code in enumerate(head.classes):
             order = np.argsort(-np.abs(terms[c]), kind="stable")
             logit = head.b[c] + terms[c].sum()  # Eq. (10)
@@ -459,8 +458,8 @@ def parse(p):
         setattr(args, k, getattr(args, k, None) or Path(folder))
     torch.set_flush_denormal(True)  # weights that decay below 1e-38 slow a CPU down
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: keep freed memory,
-        libc.mallopt(-1, 2**31 - 1)  # as to ask for it anew took a fifth of each step
+        if libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: keep freed memory,
+            libc.mallopt(-1, 2**31 - 1)  # as to ask for it anew took a fifth of each step
     if args.threads:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads, user_api="blas")
@@ -481,7 +480,7 @@ def run(main):
     try:
         main()
     except (KeyboardInterrupt, OSError) as e:
-        sys.exit(str(e) or "\ninterrupted: finished files are whole; the same command goes on")
+        sys.exit(str(e) or "\ninterrupted: finished files are whole; give the same command again")
 
 
 # ---- Files: written whole or not at all; each says what it was made from
@@ -554,7 +553,8 @@ def file_hash(path):
 
 def load_prep(folder):
     """The arrays of 01: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71]; folds, ecg_ids,
-    patient_ids [N]; train, val, test, later [N] bool; row_of {ecg_id: row}; info and its path."""
+    patient_ids [N]; train, val, test, later (val or test) [N] bool; row_of {ecg_id: row}; info,
+    preprocess.json, and its path."""
     path, maker = folder / "preprocess.json", "01_preprocess.py"
     info = load(path, maker)
     prep = SimpleNamespace(info=info, path=path)

@@ -359,6 +359,10 @@ def test_a_start_from_imagenet_has_its_weights(tiny_prep, train, tmp_path):
     with pytest.raises(SystemExit) as e:
         train(*flags, **how, model="global", run="small")
     assert "width" in sentence(e) and "00_download.py --imagenet" in sentence(e)
+    with pytest.raises(SystemExit):  # before the branch that does not need it is trained
+        train("--model", "rhythm", "morphology", "--imagenet", "nosuch", run="early",
+              start="imagenet", epochs=0)
+    assert not (tmp_path / "early").exists()
 
 
 # ---- Settings and errors

@@ -333,11 +333,12 @@ def test_projection_and_classifier_are_blind_to_fold_10(whole, tiny_prep, tmp_pa
         assert not torch.isclose(a["logits"][~on_val][:, own], b["logits"][~on_val][:, own]).any()
 
 
-def test_fusion_of_two_recipes_is_refused(tiny_prep, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [{"recipe": "paper"}, {"tie": "none"}])
+def test_fusion_of_two_recipes_is_refused(tiny_prep, tmp_path, monkeypatch, change):
     prep, flags = tiny_prep(), ["--run", tmp_path / "run", "--prep", tmp_path / "prep"]
-    for branch, recipe in zip(common.BRANCHES, ("default", "default", "paper")):
-        write_joint(tmp_path / "run", prep, branch, recipe=recipe)
+    for branch, changes in zip(common.BRANCHES, ({}, {}, change)):
+        write_joint(tmp_path / "run", prep, branch, **changes)
     run_stage(monkeypatch, "03_project", *flags)
     with pytest.raises(SystemExit) as e:
         run_stage(monkeypatch, "04_fusion", *flags)
-    assert "both recipes" in sentence(e)
+    assert "two recipes" in sentence(e)

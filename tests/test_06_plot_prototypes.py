@@ -259,7 +259,7 @@ def test_a_page_says_and_shows_what_was_computed(made, model):
 
 def test_bars_show_all_but_a_twentieth():
     def result(*terms):
-        piece = {"class": "SR", "similarity": 0.5, "mean": 0.1, "prototypes": []}
+        piece = {"claim": "like SR", "similarity": 0.5, "mean": 0.1, "prototypes": []}
         return {"average": -3.0, "logit": -3 + sum(terms),
                 "pieces": [{**piece, "contribution": t} for t in terms]}
 
@@ -384,6 +384,8 @@ def test_own_records_need_the_run_alone(made, monkeypatch, tmp_path, capsys):
     said = f"{first['class']} {first['contribution']:+.2f}"
     assert rows[-len(case["labels"])]["pieces"].startswith(said)
     assert set((made.run / "cases").iterdir()) - pages == {made.run / "cases/records.csv"}
+    there = str(tmp_path / "RECORDS")
+    assert "no .hea" in refused(monkeypatch, *made.alone, "--record", there, there)
     before = (made.run / "cases/records.csv").read_bytes()
     for one in (["nosuch"], [paths[0]]):  # neither a typo nor one look changes it
         with pytest.raises(SystemExit) if one == ["nosuch"] else contextlib.nullcontext():
