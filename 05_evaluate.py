@@ -133,8 +133,7 @@ def numbers_of(p, aurocs, prep, frequent):
         each.append(more)
         per_class[c] = [*macro(aurocs, [c])[:3], *map(rounded, more)]
     auprc, f1, _ = np.nanmean(each, 0)
-    rows = np.argsort(prep.ecg_ids[prep.test])
-    batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
+    batches = [slice(i, i + BATCH) for i in range(0, len(labels), BATCH)]  # by ecg_id, as in 01
     per_batch = [common.macro_auroc(labels[b], p.test[b]) for b in batches]
     codes = GROUPS[MODELS[p.name][1]] if p.name in MODELS else CODES
     return {
@@ -167,9 +166,8 @@ def load_predictions(run, prep, args):
 
 def cost_of(name, p, aurocs, args):
     """AUROC of each step, and how much there is to read."""
-    steps = {"sparse": name, **{s: name + s for s in STEPS}, "black box": "blackbox-1d"}
-    if f"blackbox-{name}" in aurocs:
-        steps["black box"] = f"blackbox-{name}"
+    box = f"blackbox-{name}" if f"blackbox-{name}" in aurocs else "blackbox-1d"
+    steps = {"sparse": name, **{s: name + s for s in STEPS}, "black box": box}
     row = {k: macro(aurocs[n], p.classes)[0] for k, n in steps.items() if n in aurocs}
     files = [args.run / branch / "prototypes.json" for branch in p.branches]
     parts = [common.load(file, "03_project.py", args) for file in files]
@@ -492,11 +490,12 @@ def results_html(args, m, text):
 def ratings_table(files):
     """Print Table 3 (4.4): means with intervals, quadratic kappas."""
     criteria, rows = ["representativeness", "clarity"], []
-    found = [json.loads(f.read_text("utf-8")) for f in files]
-    pages = {(r.get("kind"), str(r.get("made"))) for r in found}
-    each = {r.get("reviewer"): pd.DataFrame(
-        r.get("ratings"), [*criteria, "mark"]).T for r in found}
-    if len(pages) > 1 or len(each) < len(files) or "protoecgnet-ratings" not in pages.pop():
+    try:
+        found = [json.loads(f.read_text("utf-8")) for f in files]
+        (kind, _), = {(r["kind"], str(r["made"])) for r in found}  # of one page
+        each = {r["reviewer"]: pd.DataFrame(r["ratings"], [*criteria, "mark"]).T for r in found}
+        assert kind == "protoecgnet-ratings" and len(each) == len(files)
+    except (AssertionError, KeyError, TypeError, ValueError):
         sys.exit("these are not ratings of one review page of 06, one file for each reviewer")
     wrong = {j for r in each.values() for j in r.index[r["mark"] == "label-error"]}
     for name, r in each.items():
