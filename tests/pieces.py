@@ -56,7 +56,8 @@ def plot(table):
     ax = figure.subplots()
     for (run, fold), part in table.groupby(["run", "fold"]):
         colour, style = ("#0072B2", "-") if fold == 9 else ("#D55E00", "--")
-        ax.plot(part["pieces for 95 %"], part["auroc"], f"o{style}", color=colour, ms=3,
+        marker = "os^Dv"[[*table["run"].unique()].index(run) % 5]
+        ax.plot(part["pieces for 95 %"], part["auroc"], marker + style, color=colour, ms=4,
                 label=f"{run}, fold {fold}")
         here = part[part["chosen"]]
         ax.plot(here["pieces for 95 %"], here["auroc"], "o", color=colour, mfc="none", ms=11)

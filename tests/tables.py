@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -162,6 +163,26 @@ def measure_cell(k, found):
     return f"{v:.{DIGITS[k]}f}" if k in DIGITS and v is not None else number(v)
 
 
+def pieces_section():
+    """What few pieces of evidence cost, from what tests/pieces.py wrote."""
+    path = RESULTS / "pieces.csv"
+    if not path.is_file():
+        return []
+    found = pd.read_csv(path, comment="#")
+    rows = [[f"{run}, fold {fold}", what, f"{r['strength']:g}", r["auroc"],
+             f"{r['pieces for 95 %']:.1f}", r["three largest"], r["negative evidence"]]
+            for (run, fold), part in found.groupby(["run", "fold"])
+            for what, r in (("chosen", part[part["chosen"]].iloc[0]),
+                            ("weakest", part.loc[part["strength"].idxmin()]))]
+    shared = [line[2:] for line in path.read_text().splitlines() if line[0] == "#"]
+    return ["## Few pieces of evidence", "What the L1 strength of Eq. (10) does to the fusion, by "
+            "`python tests/pieces.py` ([all numbers](pieces.csv)): the strength that 04 chose, and "
+            "the weakest tried.", table(
+                ["run", "L1", "strength", "macro-AUROC", "pieces for 95 %", "three largest",
+                 "negative evidence"], rows),
+            f"![AUROC over pieces](pieces.png)\n\nOf classes with a weight: {'; '.join(shared)}."]
+
+
 def course_table(runs):
     """The branch of the course and its black box on the 16 rhythm labels."""
     rows = []
@@ -217,7 +238,7 @@ def page():
         table(["setting", *(f"{n}, fold {k}" for n in ABLATED for k in (9, 10))], ablations),
         "## Interpretability", measures_table(measured), "Of rhythm / morphology / global / fusion;"
         " `tests/faithfulness.py` says what each measure is.",
-        "## Course: the rhythm branch", course_table(load_runs())]) + "\n"
+        *pieces_section(), "## Course: the rhythm branch", course_table(load_runs())]) + "\n"
 
 
 def main():
