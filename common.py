@@ -272,7 +272,8 @@ class ProtoECGNet(BlackBox):
         p = torch.rand(len(p_class), dim, WINDOW[kind])
         self.p = nn.Parameter(p if cfg.add_on == "sigmoid" else p - 0.5)
         of_class = F.one_hot(p_class, len(classes)).float()  # [P, C]
-        A = of_class / of_class.sum(0).clamp_min(1) if cfg.tie == "class" else torch.eye(len(p_class))
+        mean_of = of_class / of_class.sum(0).clamp_min(1)
+        A = mean_of if cfg.tie == "class" else torch.eye(len(p_class))
         self.register_buffer("A", A, persistent=False)  # [P, C] or [P, P]
         self.register_buffer("own", of_class.T @ A > 0, persistent=False)  # [C, .], as V
         self.head = nn.Linear(A.shape[1], len(classes))
@@ -300,7 +301,6 @@ class ProtoECGNet(BlackBox):
             return F.linear(s @ self.A, V, self.head.bias)
 
     def forward(self, x):
-        """x [B, 12, 1000] mV -> logits [B, C]."""
         return self.logits(self.scores(self.latent(x)))
 
 
