@@ -33,6 +33,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.optim import lr_scheduler
 
 import common
@@ -103,7 +104,7 @@ def load_data(model, args, cfg, prep):
     data.jaccard = torch.tensor(prep.info["jaccard"], device=args.device)[own][:, own]
     if cfg.class_weights:
         n = data.y.sum(0)
-        data.w = (len(rows) - n) / n  # [C], w of Eq. (3)
+        data.w = (n.sum() - n) / n  # [C], as in the authors' code
         if cfg.recipe == "default":  # mean 1, so that lambdas keep their meaning
             data.w /= data.w.mean()
     if cfg.sampler == "weighted":
@@ -113,23 +114,17 @@ def load_data(model, args, cfg, prep):
 
 # ---- Loss (3.4)
 
-def bce(logits, y, w=None):
-    """Eq. (3): the mean over records and classes of logits and y [B, C], weighted by w [C]."""
-    each = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
-    return (each if w is None else w * each).mean()
-
-
 def composite_loss(logits, s, y, p, p_class, jaccard, cfg, w=None):
     """Eq. (2) and its terms, as a dict of scalars: total, bce, clst, sep, div, cntrst.
 
     logits [N, C], s [N, P], y [N, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C] of the
-    training labels, cfg with its lambdas, w [C] class weights or None. The BCE is averaged over
-    classes, and lambda_div and lambda_cntrst are divided, as in the authors' code, so that lambdas
-    mean the same for 3 and 71 labels. A record with nothing to choose from has no clustering or
-    separation term, but counts in N.
+    training labels, cfg with its lambdas, w [C] class weights or None. As in the authors' code, w
+    multiplies the positive term alone; the BCE is averaged over classes, and lambda_div and
+    lambda_cntrst are divided, so that lambdas mean the same for 3 and 71 labels. A record with
+    nothing to choose from has no clustering or separation term, but counts in N.
     """
     N, P = s.shape
-    L_bce = bce(logits, y, w)  # Eq. (3)
+    L_bce = bce(logits, y, pos_weight=w)  # Eq. (3)
     present = y[:, p_class] > 0  # [N, P]
     clst = -_best(s, present).sum() / N  # Eq. (4)
     sep = _best(s, ~present).sum() / N  # Eq. (5)
@@ -181,12 +176,12 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
             if boxed or cfg.auxiliary:
                 m = model.linear_logits(h)  # [B, C], of prototype models [B, 71]
         if boxed:
-            loss = {"total": bce(m.to(y), y, data.w)}
+            loss = {"total": bce(m.to(y), y, pos_weight=data.w)}
         else:
             loss = composite_loss(
                 model.logits(s), s, y, model.p, model.p_class, data.jaccard, cfg, data.w)
             if cfg.own:  # so that a label's own prototypes can speak for it alone
-                loss["own"] = bce(model.logits(s, own=True), y, data.w)
+                loss["own"] = bce(model.logits(s, own=True), y, pos_weight=data.w)
                 loss["total"] = loss["total"] + cfg.own * loss["own"]
             if cfg.auxiliary:
                 loss["auxiliary"] = bce(m.to(y), data.all_y[i])

@@ -100,7 +100,7 @@ class Config:
     lambda_div: float = 0.1      # ours
     lambda_cntrst: float = 0.1   # ours
     auxiliary: float = 1.0       # ours: weight of a black box's BCE on the same backbone; paper: 0
-    class_weights: bool = False  # w of Eq. (3): (N - n) / n, in our recipe scaled to mean 1
+    class_weights: bool = False  # w of Eq. (3), as the authors' code has them; ours: of mean 1
     sampler: str = "shuffle"     # or weighted: by the inverse frequency of a record's labels
     # Stage 1 (3.5, Appendix E)
     head: str = "free"           # whether W learns, or is frozen (authors' code)
@@ -134,8 +134,7 @@ RECIPES = {"default": Config(), "paper": PAPER}
 # ---- Backbone (3.3)
 
 class Conv(nn.Conv1d):
-    """A 1D convolution as a 1 x k 2D one, the batch on the height axis: x [1, C, B, L]. On a CPU
-    that is twice as fast."""
+    """A 1D convolution as a faster 1 x k 2D one, the batch on the height axis: x [1, C, B, L]."""
 
     def forward(self, x):
         weight, stride = self.weight[:, :, None], (1, *self.stride)
@@ -164,11 +163,9 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """The paper's ResNet1D-18 and its ResNet2D-18: x [B, 12, 1000] -> h [B, 8 * width, 32].
-
-    The 2D network begins with a 12 x 7 kernel on 1 x 12 x 1000. From there on the lead axis has
-    height 1, and of a 3 x 3 kernel only the middle row meets data (tests/test_common.py).
-    """
+    """The paper's ResNet1D-18 and its ResNet2D-18: x [B, 12, 1000] -> h [B, 8 * width, 32]. The
+    12 x 7 stem of the 2D network leaves a lead axis of height 1, so that of its 3 x 3 kernels only
+    the middle rows meet data (tests/test_common.py)."""
 
     def __init__(self, width=64, dropout=0.0):
         super().__init__()
@@ -241,7 +238,6 @@ class BlackBox(nn.Module):
         return self.linear(self.dropout(pool_over_time(h, self.pool).squeeze(2)))
 
     def forward(self, x):
-        """x [B, 12, 1000] mV -> logits [B, C]."""
         return self.linear_logits(self.features(x))
 
 
@@ -260,17 +256,22 @@ class ProtoECGNet(BlackBox):
         self.top_k = cfg.top_k if kind == "partial" else 1
         channels = self.linear.in_features if kind == "1d" else self.backbone.channels
         dim = cfg.latent_dim or channels
-        if cfg.add_on == "sigmoid":
-            self.add_on = nn.Sequential(
-                nn.Conv1d(channels, dim, 1), nn.ReLU(), nn.Conv1d(dim, dim, 1), nn.Sigmoid())
-        else:  # without a direction that all latents share, so that a cosine can be 0
-            self.add_on = nn.Sequential(
-                nn.Conv1d(channels, dim, 1, bias=False), nn.BatchNorm1d(dim, affine=False))
         p_class = torch.repeat_interleave(torch.as_tensor(per_class))
         self.register_buffer("p_class", p_class)
         self.register_buffer("p_patient", torch.full_like(p_class, -1))
-        p = torch.rand(len(p_class), dim, WINDOW[kind])
-        self.p = nn.Parameter(p if cfg.add_on == "sigmoid" else p - 0.5)
+        shape = len(p_class), dim, WINDOW[kind]
+        if cfg.add_on == "sigmoid":
+            self.add_on = nn.Sequential(
+                nn.Conv1d(channels, dim, 1), nn.ReLU(), nn.Conv1d(dim, dim, 1), nn.Sigmoid())
+            if kind != "1d":  # as in the authors' code
+                for layer in self.add_on[0], self.add_on[2]:
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                    nn.init.zeros_(layer.bias)
+            self.p = nn.Parameter(torch.randn(shape))
+        else:  # without a direction that all latents share, so that a cosine can be 0
+            self.add_on = nn.Sequential(
+                nn.Conv1d(channels, dim, 1, bias=False), nn.BatchNorm1d(dim, affine=False))
+            self.p = nn.Parameter(torch.rand(shape) - 0.5)
         of_class = F.one_hot(p_class, len(classes)).float()  # [P, C]
         mean_of = of_class / of_class.sum(0).clamp_min(1)
         A = mean_of if cfg.tie == "class" else torch.eye(len(p_class))
@@ -553,8 +554,7 @@ def file_hash(path):
 
 def load_prep(folder):
     """The arrays of 01: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71]; folds, ecg_ids,
-    patient_ids [N]; train, val, test, later (val or test) [N] bool; row_of {ecg_id: row}; info,
-    preprocess.json, and its path."""
+    patient_ids [N]; train, val, test, later [N] bool; row_of {ecg_id: row}; info and its path."""
     path, maker = folder / "preprocess.json", "01_preprocess.py"
     info = load(path, maker)
     prep = SimpleNamespace(info=info, path=path)

@@ -31,9 +31,9 @@ Made by `python tests/pack.py` from a run of the default recipe, seed {seed}, by
 
 - **Says**: how probable each of {labels} diagnostic, form and rhythm statements of PTB-XL is for a
   12-lead ECG of 10 s, and which training ECGs it is like.
-- **Trained on**: folds 1-8 of PTB-XL v1.0.3 at 100 Hz, {counts[train]:,} records; choices were made on
-  fold 9 ({counts[validation]:,}), but augmentation, schedule, averaged and tied weights came from
-  trials that had seen fold 10 too; figures are of fold 10 ({counts[test]:,} records of
+- **Trained on**: folds 1-8 of PTB-XL v1.0.3 at 100 Hz, {counts[train]:,} records; epoch, L1
+  strength and thresholds were chosen on fold 9 ({counts[validation]:,}), but most settings in trials
+  that had seen fold 10 too; figures are of fold 10 ({counts[test]:,} records of
   {counts[test_patients]:,} patients).
 - **Macro-AUROC of the fusion** [95 % interval]: {auroc}; over labels with ten or more positives
   there: {frequent}.

@@ -142,6 +142,9 @@ def test_model_shapes_and_head_start(kind, recipe):
     torch.testing.assert_close(logits, s @ torch.tensor(W, dtype=torch.float).T)
     if recipe == "paper":
         assert ((z >= 0) & (z <= 1)).all()  # sigmoid add-on
+        assert model.p.min() < -1  # normal, as the authors' are
+        he = [float(w.std()) for w in model.add_on.parameters() if w.ndim > 1]
+        assert (min(he) > 0.2) == (kind != "1d")  # of 16 channels He's is (2 / 16)^.5
 
 
 def test_pooling_over_time():
@@ -169,15 +172,16 @@ def test_sample_range_of_a_latent_window():
 # ---- Eq. (2)-(7)
 
 def slow_loss(logits, s, y, p, p_class, jaccard, cfg, w):
-    """The paper's loss, term by term; the BCE also divided by the number of classes."""
+    """The paper's loss, term by term; the BCE also divided by the number of classes, and weighted
+    for positives alone."""
     logits, s, y, p = (t.detach().double().numpy() for t in (logits, s, y, p))
     (N, C), P = y.shape, len(p)
     bce = clst = sep = div = 0.0
     for i in range(N):
         for j in range(C):  # Eq. (3)
             prob = 1 / (1 + math.exp(-logits[i, j]))
-            term = y[i, j] * math.log(prob) + (1 - y[i, j]) * math.log(1 - prob)
-            bce -= (1 if w is None else float(w[j])) * term / N / C
+            weight = 1 if w is None else float(w[j])
+            bce -= (weight * y[i, j] * math.log(prob) + (1 - y[i, j]) * math.log(1 - prob)) / N / C
         positive = [s[i, q] for q in range(P) if y[i, p_class[q]] == 1]
         negative = [s[i, q] for q in range(P) if y[i, p_class[q]] == 0]
         clst -= max(positive) / N if positive else 0  # Eq. (4)
