@@ -227,7 +227,7 @@ def recipe_section(what, runs):
             paper_table(runs, "per batch"),
             f"The cost of interpretability, seed {first['seed']} (macro-AUROC on the test set):",
             evaluate.cost_table(first),
-            "Stage 1 (minutes of all rounds; its fold 9: by Stage 1's own classifier):",
+            "Stage 1, of the last round (its fold 9: by Stage 1's own classifier):",
             training_table(runs), *curves_of(first), *paired_table(same)]
 
 
