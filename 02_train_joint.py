@@ -33,7 +33,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.optim import lr_scheduler
 
 import common
@@ -114,6 +113,11 @@ def load_data(model, args, cfg, prep):
 
 # ---- Loss (3.4)
 
+def bce(logits, y, w=None):
+    """Eq. (3): the mean over records and classes of logits and y [B, C]; w [C] weighs positives."""
+    return F.binary_cross_entropy_with_logits(logits, y, pos_weight=w, reduction="none").mean()
+
+
 def composite_loss(logits, s, y, p, p_class, jaccard, cfg, w=None):
     """Eq. (2) and its terms, as a dict of scalars: total, bce, clst, sep, div, cntrst.
 
@@ -124,7 +128,7 @@ def composite_loss(logits, s, y, p, p_class, jaccard, cfg, w=None):
     nothing to choose from has no clustering or separation term, but counts in N.
     """
     N, P = s.shape
-    L_bce = bce(logits, y, pos_weight=w)  # Eq. (3)
+    L_bce = bce(logits, y, w)  # Eq. (3)
     present = y[:, p_class] > 0  # [N, P]
     clst = -_best(s, present).sum() / N  # Eq. (4)
     sep = _best(s, ~present).sum() / N  # Eq. (5)
@@ -176,12 +180,12 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
             if boxed or cfg.auxiliary:
                 m = model.linear_logits(h)  # [B, C], of prototype models [B, 71]
         if boxed:
-            loss = {"total": bce(m.to(y), y, pos_weight=data.w)}
+            loss = {"total": bce(m.to(y), y, data.w)}
         else:
             loss = composite_loss(
                 model.logits(s), s, y, model.p, model.p_class, data.jaccard, cfg, data.w)
             if cfg.own:  # so that a label's own prototypes can speak for it alone
-                loss["own"] = bce(model.logits(s, own=True), y, pos_weight=data.w)
+                loss["own"] = bce(model.logits(s, own=True), y, data.w)
                 loss["total"] = loss["total"] + cfg.own * loss["own"]
             if cfg.auxiliary:
                 loss["auxiliary"] = bce(m.to(y), data.all_y[i])

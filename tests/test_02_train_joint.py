@@ -200,7 +200,7 @@ def test_a_black_box_has_class_weights_and_a_moving_average(tiny_prep, train, mo
     n = prep.labels[prep.train][:, common.columns(found.meta["classes"])].sum(0)
     w, losses = (n.sum() - n) / n, []
     w = w / w.mean()
-    for (logits, y), _ in calls:
+    for (logits, y, _), _ in calls:
         m, y = logits.detach().double().numpy(), y.numpy()
         losses.append((w * y * np.logaddexp(0, -m) + (1 - y) * np.logaddexp(0, m)).mean())
     assert found.log[1]["total"] == pytest.approx(np.mean(losses), rel=1e-5)
