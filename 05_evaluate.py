@@ -51,7 +51,8 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 TERMS = {"bce": BLUE, "clst": ORANGE, "sep": "#009E73", "div": "#CC79A7", "cntrst": "black"}
 PAIRS = {  # differences, first - second
     "Do three branches beat one? (4.1)": [
-        ("fusion", m) for m in ("all-1d", "all-partial", "all-global", *BRANCHES)],
+        ("fusion", m) for m in ("all-1d", "all-partial", "all-global")],
+    "Do prototypes of other branches help? (4.1)": [("fusion", m) for m in BRANCHES],
     "Does the fusion beat each label from its own branch? (4.1)": [("fusion", "macro")],
     "As good as a black box? (4.3)": [
         *((name, box) for _, name, _, _, box, _ in PAPER if box),
