@@ -390,7 +390,7 @@ def explain(heads, x, patient=None):
         terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
         nearest = [j for j in np.argsort(-s, kind="stable") if counts[j]]
         known = [{"model": q["model"], "index": q["index"], "ecg_id": q["ecg_id"],
-                  "similarity": similarity} for q, similarity in zip(head.prototypes, s)]
+                  "similarity": score} for q, score in zip(head.prototypes, s)]
         pieces = []
         for f, code in enumerate(head.pieces):
             like = "like" if mean_s[f] > head.mean[f] else "unlike"
