@@ -1,17 +1,17 @@
-"""Script 00, download: the 100 Hz part of PTB-XL v1.0.3, each file checked by its SHA-256.
+"""Script 00, download: the 100 Hz part of PTB-XL v1.0.3, checked by SHA-256.
 
 reads   https://physionet-open.s3.amazonaws.com, or else https://physionet.org
-writes  DATA/SHA256SUMS.txt, two tables, records100/: 536 MB to fetch, 620 MB on disk;
+writes  DATA/SHA256SUMS.txt, two tables, records100/: 620 MB;
         --imagenet: resnet18-f37072fd.pth (45 MB) beside the folder DATA
 
-    python 00_download.py                  fetch into data/ptbxl what is missing or altered
+    python 00_download.py                  fetch what is missing or altered
     python 00_download.py --check          list what is missing or altered
-    python 00_download.py --imagenet       also the weights that --recipe paper starts from
-    python 00_download.py --synthetic 600  no network: synthetic records in data/synthetic
-    python 00_download.py --demo           the same in data/demo, for --demo of all stages
+    python 00_download.py --imagenet       also the weights for --recipe paper
+    python 00_download.py --synthetic 600  no network: records in data/synthetic
+    python 00_download.py --demo           the same in data/demo, for other --demo
 
-Takes 3 minutes where an answer takes 0.1 s; --check and --demo take 0.2. After an interruption
-the same command goes on. Last line: `data/ptbxl: 43,600 files complete and verified`.
+Takes minutes. After an interruption the same command goes on. Last line:
+`data/ptbxl: 43,600 files complete and verified`.
 """
 import hashlib
 import re
@@ -44,7 +44,7 @@ LINE = re.compile(r"^([0-9a-f]{64}) [ *]?(?:\./)?(ptbxl_database\.csv|scp_statem
 
 
 def read_sums(folder):
-    """{name: sha256} of the tables and 100 Hz records that the folder's SHA256SUMS.txt lists."""
+    """{name: sha256} of what SHA256SUMS.txt lists of tables and 100 Hz records."""
     path = folder / SUMS
     if not path.is_file():
         sys.exit(f"{path} is missing: run 00_download.py without --check")
@@ -56,7 +56,7 @@ def read_sums(folder):
 
 
 def faults(folder, files):
-    """{name: "missing" or "altered"} for those of `files` {name: sha256} that are not right."""
+    """{name: "missing" or "altered"} of those of `files` {name: sha256} that are."""
     found = {}
     for name in tqdm(files, f"checking {folder}"):
         path = folder / name
@@ -68,9 +68,9 @@ def faults(folder, files):
 
 
 def fetch(session, path, name, sha256, mirrors):
-    """Write `name` as the first mirror gives it that has it right; or return why not."""
+    """Write `name` from the first mirror that has it right; or return why not."""
     for mirror in list(mirrors):
-        for _ in range(2):  # a file is altered once on the way, but twice at the mirror
+        for _ in range(2):  # it may be altered on the way
             try:
                 answer = session.get(mirror + name, timeout=TIMEOUT, allow_redirects=False)
             except requests.RequestException as e:
@@ -83,12 +83,12 @@ def fetch(session, path, name, sha256, mirrors):
             else:
                 common.save(path, answer.content)
                 return None
-        mirrors[:] = [m for m in mirrors if m != mirror] + [mirror]  # from now on asked last
+        mirrors[:] = [m for m in mirrors if m != mirror] + [mirror]  # asked last
     return f"{name}: {problem}"
 
 
 def fetch_all(files, folder, mirrors):
-    """Fetch `files` {name: sha256 (None: any)} into `folder`; exits if one cannot be had."""
+    """Fetch `files` {name: sha256 (None: any)} into `folder`; exits if some fail."""
     retry = Retry(total=3, backoff_factor=PAUSE, backoff_jitter=PAUSE / 2,
                   status_forcelist=[408, 429, *range(500, 600)],  # busy or out of order
                   respect_retry_after_header=False)
@@ -103,8 +103,8 @@ def fetch_all(files, folder, mirrors):
         done = tqdm(done, f"fetching {folder}", len(files))
         failed = list(islice(filter(None, done), GIVE_UP))
     if failed:
-        sys.exit(f"{len(failed):,} of {len(files):,} files cannot be fetched ({failed[0]}): run "
-                 f"00_download.py again, without {SUMS} if a checksum stays wrong")
+        sys.exit(f"{len(failed):,} of {len(files):,} files cannot be fetched ({failed[0]}): "
+                 f"run 00_download.py again, without {SUMS} if a checksum stays wrong")
 
 
 def fetch_sums(folder):
@@ -116,15 +116,15 @@ def fetch_sums(folder):
     if not (folder / SUMS).is_file():
         fetch_all({SUMS: None}, folder, list(MIRRORS))
     if len(read_sums(folder)) != FILES:
-        sys.exit(f"{folder / SUMS} does not list the {FILES:,} files of PTB-XL: delete it "
-                 "and run 00_download.py again")
+        sys.exit(f"{folder / SUMS} does not list {FILES:,} files: delete it and run "
+                 "00_download.py again")
 
 
 def main():
     p = common.argument_parser(__doc__, "data", "threads", "demo")
-    p.add_argument("--check", action="store_true", help="fetch nothing, check the files of DATA")
+    p.add_argument("--check", action="store_true", help="fetch nothing, check files")
     p.add_argument("--imagenet", action="store_true", help="also fetch ImageNet weights")
-    p.add_argument("--synthetic", type=int, metavar="N", help="write N synthetic records")
+    p.add_argument("--synthetic", type=int, metavar="N", help="write N records")
     args = common.parse(p)
     n = args.synthetic
     if args.demo and n is None:
@@ -148,8 +148,8 @@ def main():
     found = faults(args.data, files)
     if args.check and found:
         some = ", ".join(f"{what} {name}" for name, what in islice(found.items(), 5))
-        sys.exit(f"{args.data}: {len(found):,} files are not as {SUMS} lists them, as {some}: run "
-                 "00_download.py without --check")
+        sys.exit(f"{args.data}: {len(found):,} files are not as {SUMS} lists them, as "
+                 f"{some}: run 00_download.py without --check")
     if found:
         fetch_all({name: files[name] for name in found}, args.data, list(MIRRORS))
     print(f"{args.data}: {len(files):,} files complete and verified")

@@ -4,8 +4,11 @@ reads   DATA/ptbxl_database.csv, scp_statements.csv, records100/
 writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered;
         labels [N, 71]; folds, ecg_ids, patient_ids [N]; preprocess.json
 
-    python 01_preprocess.py     all records; --records 3000: the first
-Takes a minute. Last line: `runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
+    python 01_preprocess.py                   all records
+    python 01_preprocess.py --records 3000    the first
+
+Takes half a minute. Last line:
+`runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
 """
 import sys
 from itertools import islice
@@ -61,16 +64,16 @@ def read_record(path):
     x = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(1000, 12).T
     sums = x.sum(1, dtype=np.int64) - [int(w[6]) for w in words[1:]]
     if (sums % 2**16).any() or (x == -2**15).any():
-        raise ValueError("its checksums are not those of its samples, or some are missing")
+        raise ValueError("a checksum is wrong, or samples are missing")
     return x
 
 
 def usable(args, table, skipped):
-    """Yield (ecg_id, fold, samples); others, with --skip-bad, join `skipped`."""
+    """Yield (fold, samples) of records; with --skip-bad others join `skipped`."""
     for row in tqdm(table.itertuples(), "reading", len(table)):
         path = args.data / row.filename_lr
         try:
-            yield row.ecg_ids, row.folds, read_record(path)
+            yield row.folds, read_record(path)
         except (OSError, ValueError) as e:
             if not args.skip_bad:
                 sys.exit(f"{path}: {e}: run 00_download.py, or use --skip-bad")
@@ -78,24 +81,23 @@ def usable(args, table, skipped):
 
 
 def write_signals(path, records):
-    """Filter `records` into a .npy [N, 12, 1000] -> scaler, flat, saturated."""
-    scaler, flat, saturated = StandardScaler(), [], []
+    """Filter `records` (fold, samples) into a .npy [N, 12, 1000] mV -> their scaler."""
+    scaler = StandardScaler()
     with open(path, "wb") as f:
         f.seek(128)  # the header comes last
         while chunk := list(islice(records, 512)):
-            ids, folds, uV = map(np.array, zip(*chunk))
+            folds, uV = map(np.array, zip(*chunk))
             parts = np.array_split(uV / 1000, 8)  # they fit a cache
             x = np.concatenate([*map(common.highpass, parts)])
             f.write(x.astype("<f4").tobytes())  # [n, 12, 1000] mV
             if (folds <= 8).any():
-                scaler.partial_fit(x[folds <= 8].transpose(0, 2, 1).reshape(-1, 12))
-            flat += ids[(np.ptp(uV, 2) == 0).any(1)].tolist()
-            saturated += ids[(abs(uV) == 2**15 - 1).any((1, 2))].tolist()
+                train = x[folds <= 8].transpose(0, 2, 1)
+                scaler.partial_fit(train.reshape(-1, 12))
         shape = (f.tell() - 128) // 48_000, 12, 1000
         f.seek(0)
         np.lib.format.write_array_header_1_0(
             f, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return scaler, flat, saturated
+    return scaler
 
 
 def jaccard(labels):
@@ -117,11 +119,11 @@ def main():
         sys.exit(f"{args.data}: {e}: run 00_download.py, or use --data")
     args.prep.mkdir(parents=True, exist_ok=True)
     signals, skipped = args.prep / ".signals.npy.tmp", []
-    scaler, flat, saturated = write_signals(signals, usable(args, table, skipped))
+    scaler = write_signals(signals, usable(args, table, skipped))
     table = table[~table["ecg_ids"].isin([s["ecg_id"] for s in skipped])]
     sizes = np.histogram(table["folds"], [1, 9, 10, 11])[0].tolist()
     if 0 in sizes:
-        sys.exit(f"{args.data}: {sum(sizes)} records are too few: a part is empty: {sizes}")
+        sys.exit(f"{args.data}: too few records, a part is empty: {sizes}")
     (args.prep / "preprocess.json").unlink(missing_ok=True)  # until all is new
     signals.replace(args.prep / "signals.npy")
     labels = [[f"'{c}'" in codes for c in CODES] for codes in table["scp_codes"]]
@@ -132,17 +134,14 @@ def main():
     other = b"SYNTHETIC" in (args.data / TABLES[0]).read_bytes()
     data = "PTB-XL v1.0.3" if hashes == HASHES else OTHER[other]
     train = arrays["labels"][table["folds"] <= 8]
-    positives = dict(zip(CODES, train.sum(0).tolist()))
     common.save(args.prep / "preprocess.json", {
         **common.provenance(args), "records": len(table), "skipped": skipped,
         "sizes": dict(zip(["train", "validation", "test"], sizes)),
-        "codes": CODES, "descriptions": described, "training_positives": positives,
-        "without_training_record": [c for c in CODES if not positives[c]],
-        "filter": "Butterworth high-pass, order 1, 0.5 Hz, both ways",
+        "data": data, "codes": CODES, "descriptions": described,
+        "without_training_record": [c for c, n in zip(CODES, train.sum(0)) if not n],
         "scaler": {"mean": scaler.mean_.tolist(), "std": scaler.scale_.tolist()},
-        "jaccard": jaccard(train).round(6).tolist(), "flat_leads": flat,
-        "sha256": {k: file_hash(args.prep / f"{k}.npy") for k in ("signals", *arrays)},
-        "saturated": saturated, "data": data, "tables": dict(zip(TABLES, hashes))})
+        "jaccard": jaccard(train).round(6).tolist(),
+        "sha256": {k: file_hash(args.prep / f"{k}.npy") for k in ("signals", *arrays)}})
     print(f"{args.prep}: {len(table):,} records, {data}: {sizes}")
 
 

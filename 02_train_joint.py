@@ -1,23 +1,22 @@
 """Script 02, joint training (paper 3.5, Stage 1): backbone and prototypes under Eq. (2).
 
-One training a branch, from random weights or, the authors' way, from ImageNet. Keeps the epoch with
-the best macro-AUROC on fold 9; reads nothing of fold 10. The same command again goes on after the
-last whole epoch and keeps finished models.
+Keeps the epoch with the best macro-AUROC on fold 9; reads nothing of fold 10. The same
+command again goes on after the last whole epoch and keeps finished models.
 
-reads   PREP/*.npy, preprocess.json; with --round 2 RUN/MODEL/projected.pt; the paper recipe
-        data/resnet18-f37072fd.pth
-writes  RUN/MODEL/joint.pt, log.jsonl (a line an epoch, epoch 0 is the start); last.pt to go on from
+reads   PREP/*.npy, preprocess.json; with --round 2 RUN/MODEL/projected.pt;
+        with --recipe paper ImageNet weights
+writes  RUN/MODEL/joint.pt, log.jsonl: a line an epoch, 0 is the start;
+        last.pt: to go on from
 
-    python 02_train_joint.py                      the three branches: rhythm, morphology, global
+    python 02_train_joint.py                      rhythm, morphology and global
     python 02_train_joint.py --model rhythm       one of them
     python 02_train_joint.py --recipe paper       the authors' settings, in runs/paper
-    python 02_train_joint.py --recipe paper --round 2    again, from the projected prototypes
+    python 02_train_joint.py --recipe paper --round 2    from projected prototypes
     python 02_train_joint.py --no-contrastive --run runs/plain    without Eq. (7)
-    python 02_train_joint.py --set width=64 epochs=30 --run runs/wide    other settings
-                                                  (Config in common.py lists and explains them)
+    python 02_train_joint.py --set width=64 --run runs/wide    other SETTINGS (common.py)
 
-Takes about an hour on 2 CPU cores with AVX512-bf16.
-Last line: `runs/default: rhythm 0.9600, morphology 0.9000, global 0.9400 (fold-9 macro-AUROC)`.
+Takes about an hour on 2 CPU cores with AVX512-bf16. Last line:
+`runs/default: rhythm 0.9600, morphology 0.9000, global 0.9400 (fold-9 macro-AUROC)`.
 """
 import copy
 import json
@@ -42,19 +41,12 @@ from common import (
 MAKER = "02_train_joint.py"
 ONE_DIM = "rhythm", "all-1d", "blackbox-1d", "blackbox-rhythm"  # never from ImageNet
 DEMO = dict(width=16, epochs=40, batch=32, start="random")  # what --demo changes
-WITHOUT = {  # what --no-contrastive changes; the paper's are Barnett et al.'s lambdas (Appendix E)
+WITHOUT = {  # what --no-contrastive changes; paper: Appendix E
     "default": dict(lambda_cntrst=0.0),
     "paper": dict(lambda_cntrst=0.0, lambda_clst=0.8, lambda_sep=0.08, lambda_div=100.0)}
-CHOICES = {
-    "start": ["random", "imagenet"],
-    "pool": ["mean", "meanmax"],
-    "add_on": ["centred", "sigmoid"],
-    "tie": ["class", "none"],
-    "sampler": ["shuffle", "weighted"],
-    "head": ["free", "frozen"],
-    "optimizer": ["adam", "adamw"],
-    "scheduler": ["cosine", "onecycle", "step"],
-}
+CHOICES = {k: [*v] for k, v in common.SETTINGS.items() if isinstance(v[0], str)}
+CHOICES["sampler"] = ["shuffle", "weighted"]
+CHOICES["scheduler"] += ["step"]
 
 
 # ---- Data
@@ -62,8 +54,8 @@ CHOICES = {
 def augment(x):
     """Random changes for each record of x [B, 12, 1000] mV that mostly keep the diagnosis.
 
-    Not always: a shift makes one odd beat interval, a blanked span looks like a pause, and another
-    amplitude may cross a voltage criterion (LVH, HVOLT, LVOLT).
+    Not always: a shift makes an odd beat interval, a blanked span looks like a pause,
+    and another amplitude may cross a voltage criterion (LVH, HVOLT, LVOLT).
     """
     B, d = len(x), x.device
 
@@ -84,18 +76,19 @@ def augment(x):
 
 
 def record_weights(y):
-    """How often `sampler=weighted` draws each record: the mean inverse frequency of its labels;
-    without a label as the commonest. y [N, C] -> [N]."""
+    """How often sampler=weighted draws a record: the mean inverse frequency of its
+    labels, at least the least. y [N, C] -> [N]."""
     rarity = 1 / y.sum(0).clamp_min(1)  # [C]
     weight = (y * rarity).sum(1) / y.sum(1).clamp_min(1)
     return torch.where(weight > 0, weight, weight[weight > 0].min())
 
 
 def load_data(model, args, cfg, prep):
-    """The records that a model learns from and is judged by, as a namespace: x [all, 12, 1000] mV,
-    rows [N] of folds 1-8 with y [N, C] and all_y [N, 71], their weights w [C] in Eq. (3) and draw
-    [N] in sampling, or None; jaccard [C, C]; val_rows of fold 9 with val_y."""
-    own, rows, val = columns(model.classes), np.flatnonzero(prep.train), np.flatnonzero(prep.val)
+    """What a model learns from and is judged by: x [all, 12, 1000] mV, rows [N] of folds
+    1-8 with y [N, C], all_y [N, 71], w [C] of Eq. (3) and how often to draw [N] them, or
+    None; jaccard [C, C]; val_rows of fold 9 with val_y."""
+    own = columns(model.classes)
+    rows, val = np.flatnonzero(prep.train), np.flatnonzero(prep.val)
     data = SimpleNamespace(x=prep.x, w=None, draw=None, val_y=prep.labels[val][:, own])
     data.rows, data.val_rows = (torch.from_numpy(r).to(args.device) for r in (rows, val))
     data.all_y = torch.from_numpy(prep.labels[rows]).float().to(args.device)  # [N, 71]
@@ -104,7 +97,7 @@ def load_data(model, args, cfg, prep):
     if cfg.class_weights:
         n = data.y.sum(0)
         data.w = (n.sum() - n) / n  # [C], as in the authors' code
-        if cfg.recipe == "default":  # mean 1, so that lambdas keep their meaning
+        if cfg.recipe == "default":  # lambdas keep their meaning
             data.w /= data.w.mean()
     if cfg.sampler == "weighted":
         data.draw = record_weights(data.y.cpu())
@@ -114,18 +107,19 @@ def load_data(model, args, cfg, prep):
 # ---- Loss (3.4)
 
 def bce(logits, y, w=None):
-    """Eq. (3): the mean over records and classes of logits and y [B, C]; w [C] weighs positives."""
-    return F.binary_cross_entropy_with_logits(logits, y, pos_weight=w, reduction="none").mean()
+    """Eq. (3) of logits and y [B, C], a mean over both; w [C] weighs positives."""
+    each = F.binary_cross_entropy_with_logits(logits, y, pos_weight=w, reduction="none")
+    return each.mean()
 
 
 def composite_loss(logits, s, y, p, p_class, jaccard, cfg, w=None):
     """Eq. (2) and its terms, as a dict of scalars: total, bce, clst, sep, div, cntrst.
 
-    logits [N, C], s [N, P], y [N, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C] of the
-    training labels, cfg with its lambdas, w [C] class weights or None. As in the authors' code, w
-    multiplies the positive term alone; the BCE is averaged over classes, and lambda_div and
-    lambda_cntrst are divided, so that lambdas mean the same for 3 and 71 labels. A record with
-    nothing to choose from has no clustering or separation term, but counts in N.
+    logits [N, C], s [N, P], y [N, C] in {0, 1}, p [P, D, T], p_class [P], jaccard [C, C]
+    of the training labels, cfg with lambdas, w [C] or None. As in the authors' code w
+    multiplies the positive term alone, the BCE is a mean over classes, and lambda_div
+    and lambda_cntrst are divided: lambdas mean the same for 3 and 71 labels. A record
+    with nothing to choose from has clst or sep 0, but counts in N.
     """
     N, P = s.shape
     L_bce = bce(logits, y, w)  # Eq. (3)
@@ -142,7 +136,8 @@ def composite_loss(logits, s, y, p, p_class, jaccard, cfg, w=None):
     cntrst = -(near - far) / 2  # Eq. (7)
     total = (L_bce + cfg.lambda_clst * clst + cfg.lambda_sep * sep
              + cfg.lambda_div / P**2 * div + cfg.lambda_cntrst / P**0.5 * cntrst)  # Eq. (2)
-    return {"total": total, "bce": L_bce, "clst": clst, "sep": sep, "div": div, "cntrst": cntrst}
+    terms = {"bce": L_bce, "clst": clst, "sep": sep, "div": div, "cntrst": cntrst}
+    return {"total": total, **terms}
 
 
 def _best(s, mask):
@@ -154,7 +149,7 @@ def _best(s, mask):
 # ---- Stage 1 (3.5)
 
 def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
-    """One pass over folds 1-8 (3.5): the mean of each term of the loss, as a dict.
+    """One pass over folds 1-8 (3.5) -> {term of the loss: its mean}.
 
     `average` follows the weights of the model, or is the model itself.
     """
@@ -172,7 +167,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         if cfg.augment:
             x = augment(x)
             if model.kind != "global" and epoch <= 0.8 * cfg.epochs:
-                x = x[:, :, :cfg.crop]  # from anywhere, as the shift was random; half the work
+                x = x[:, :, :cfg.crop]  # from anywhere, as the shift was random
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
             h = model.features(x)  # [B, 8 * width, L]
             if not boxed:
@@ -184,7 +179,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         else:
             loss = composite_loss(
                 model.logits(s), s, y, model.p, model.p_class, data.jaccard, cfg, data.w)
-            if cfg.own:  # so that a label's own prototypes can speak for it alone
+            if cfg.own:  # a label's own prototypes should do alone
                 loss["own"] = bce(model.logits(s, own=True), y, data.w)
                 loss["total"] = loss["total"] + cfg.own * loss["own"]
             if cfg.auxiliary:
@@ -196,7 +191,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         scheduler.step()
         if average is not model:
             done = (epoch - 1) * per_epoch + step
-            follow(average, model, 1 - min(cfg.ema, done / (10 + done)))  # faster at first
+            follow(average, model, 1 - min(cfg.ema, done / (10 + done)))
         seen.append(torch.stack([term.detach() for term in loss.values()]))
     return dict(zip(loss, torch.stack(seen).mean(0).tolist()))
 
@@ -204,7 +199,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
 def follow(average, model, weight):
     """Move the weights of `average` towards those of `model`."""
     for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
-        if slow.is_floating_point():  # the rest is constant, or not in use
+        if slow.is_floating_point():  # the rest is constant
             slow.lerp_(fast, weight)
 
 
@@ -236,8 +231,7 @@ def make_optimizer(model, cfg, steps):
 
 
 def train(meta, args, cfg, prep):
-    """Train the model that `meta` describes and write its joint.pt; returns the fold-9 macro-AUROC
-    of the epoch kept."""
+    """Train the model that `meta` describes, write joint.pt -> its fold-9 macro-AUROC."""
     name = meta["model"]
     out = args.run / name / "joint.pt"
     last = out.with_name("last.pt")
@@ -252,7 +246,8 @@ def train(meta, args, cfg, prep):
     average = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
     steps = cfg.epochs * -(-len(data.rows) // cfg.batch)
     optimizer, scheduler = make_optimizer(model, cfg, steps)
-    parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "average": average,
+             "optimizer": optimizer, "scheduler": scheduler}
     if saved := made_before(last, meta):
         for key, part in parts.items():
             part.load_state_dict(saved[key])
@@ -260,7 +255,7 @@ def train(meta, args, cfg, prep):
         torch.set_rng_state(saved["random"])
         torch.cuda.set_rng_state_all(saved["random_cuda"])
         print(f"{name}: goes on after epoch {log[-1]['epoch']}", flush=True)
-    else:  # the start is epoch 0, so that what is kept is never worse on fold 9
+    else:  # the start is epoch 0
         log = [{"epoch": 0, "val_auroc": validate(model, data)}]
         kept, seconds = copy.deepcopy(model.state_dict()), 0.0
         print(f"{name}: {len(model.classes)} labels, at the start fold 9 "
@@ -272,7 +267,7 @@ def train(meta, args, cfg, prep):
         began = time.time()
         terms = train_epoch(model, average, data, optimizer, scheduler, cfg, epoch)
         if not np.isfinite(list(terms.values())).all():
-            sys.exit(f"{name}: no number in epoch {epoch}: {terms}: train again with a lower lr")
+            sys.exit(f"{name}: no number in epoch {epoch}: {terms}: train with a lower lr")
         auroc = validate(average, data)
         if auroc > best_of(log)["val_auroc"]:
             kept = copy.deepcopy(average.state_dict())
@@ -284,23 +279,25 @@ def train(meta, args, cfg, prep):
               f"{auroc:.4f} (best {best_of(log)['val_auroc']:.4f})  "
               f"{time.time() - began:5.1f} s  {left:4.0f} min left", flush=True)
         states = {key: part.state_dict() for key, part in parts.items()}
-        common.save(last, {"meta": meta, **states, "log": log, "kept": kept, "seconds": seconds,
-                           "random": torch.get_rng_state(),
-                           "random_cuda": torch.cuda.get_rng_state_all()})
+        random = {"random": torch.get_rng_state(),
+                  "random_cuda": torch.cuda.get_rng_state_all()}
+        common.save(last, {
+            "meta": meta, **states, **random, "log": log, "kept": kept, "seconds": seconds})
 
     best = best_of(log)
     meta.update(
         val_auroc=best["val_auroc"], best_epoch=best["epoch"], epochs=log[-1]["epoch"],
         seconds=round(seconds, 1), hardware=hardware(args), threads=torch.get_num_threads())
-    common.save(out.with_name("log.jsonl"), "".join(json.dumps(line) + "\n" for line in log))
+    lines = "".join(json.dumps(line) + "\n" for line in log)
+    common.save(out.with_name("log.jsonl"), lines)
     state = {k: v.cpu() for k, v in kept.items()}
-    common.save(out, {"meta": meta, "state": state})  # last: with it the model is finished
+    common.save(out, {"meta": meta, "state": state})  # now the model is finished
     last.unlink(missing_ok=True)
     return meta["val_auroc"]
 
 
 def hardware(args):
-    """The name of the GPU that is used, or else of the CPU with its number of cores."""
+    """The name of the GPU used, or of the CPU with its number of cores."""
     if args.device.type == "cuda":
         return torch.cuda.get_device_name(args.device)
     info = Path("/proc/cpuinfo")
@@ -309,19 +306,19 @@ def hardware(args):
 
 
 def best_of(log):
-    """The first of the epochs with the best fold-9 macro-AUROC."""
+    """The first epoch with the best fold-9 macro-AUROC."""
     return max(log, key=lambda e: e["val_auroc"])
 
 
 def made_before(path, meta):
-    """What joint.pt or last.pt holds of the training that `meta` describes; None if it is not there
-    or of the round before; exits if it is of other settings, inputs or code."""
+    """What joint.pt or last.pt holds of the training that `meta` describes; None if it is
+    missing or of the round before; exits if its settings, inputs or code differ."""
     saved = common.load(path, MAKER) if path.is_file() else None
     if saved is None or saved["meta"]["round"] < meta["round"]:
         return None
     if any(saved["meta"][k] != meta[k] for k in ("config", "made_from", "code")):
-        sys.exit(f"{path} is of other settings, inputs or code: delete {path.parent}, or name "
-                 "another folder with --run")
+        sys.exit(f"{path} is of other settings, inputs or code: delete {path.parent}, or "
+                 "name another folder with --run")
     return saved
 
 
@@ -334,19 +331,20 @@ def describe(name, args, cfg, prep):
     classes = [c for c in GROUPS[group] if count[c]]
     y_val = prep.labels[prep.val][:, columns(classes)]
     if (y_val == y_val[:1]).all():
-        sys.exit(f"{args.prep} has no {group} label to learn in folds 1-8 and to judge in fold 9: "
-                 "run 01_preprocess.py with more records")
+        sys.exit(f"{args.prep} has no {group} label to learn in folds 1-8 and to judge in "
+                 "fold 9: run 01_preprocess.py with more records")
+    files = [Path(__file__).with_name(file) for file in ("common.py", MAKER)]
     meta = {"config": asdict(cfg), "model": name, "round": args.round, "classes": classes,
-            "per_class": None, "code": {
-                f: common.file_hash(Path(__file__).with_name(f)) for f in ("common.py", MAKER)}}
-    if kind != "blackbox":  # no more prototypes than the class has windows
+            "per_class": None, "code": {f.name: common.file_hash(f) for f in files}}
+    if kind != "blackbox":  # no more prototypes than windows
         most = cfg.per_class[list(WINDOW).index(kind)]
         windows = 32 - WINDOW["partial"] + 1 if kind == "partial" else 1
         meta["per_class"] = [min(most, windows * count[c]) for c in classes]
     if args.round == 1:
         return {**meta, **common.provenance(args, (prep.path, prep.info))}
     path = args.run / name / "projected.pt"
-    meta.update(common.provenance(args, (path, common.load(path, "03_project.py")["meta"])))
+    past = common.load(path, "03_project.py")["meta"]
+    meta.update(common.provenance(args, (path, past)))
     for file in ("joint.pt", "projected.pt"):  # which this round replaces
         del meta["made_from"][f"{name}/{file}"]
     return meta
@@ -355,19 +353,20 @@ def describe(name, args, cfg, prep):
 def start(meta, args, cfg, prep):
     """The model that training starts from."""
     name = meta["model"]
-    if args.round > 1:  # Stages 1 and 2 again, from the projected prototypes (Appendix E)
+    if args.round > 1:  # Stages 1 and 2 again (Appendix E)
         path = args.run / name / "projected.pt"
         model, past = common.load_model(path, "03_project.py", args)
         if past["round"] != args.round - 1 or past["config"] != meta["config"]:
-            sys.exit(f"{path} is of another round or of other settings: run 03_project.py after "
-                     "the round before, and give 02 its settings")
+            sys.exit(f"{path} is of another round or of other settings: run 03_project.py "
+                     "after the round before, and give 02 its settings")
         return model
     model = common.build(meta).to(args.device)
     if cfg.scale_input:
         for key, values in prep.info["scaler"].items():  # mean, std
             getattr(model, key).copy_(torch.tensor(values)[:, None])
-    if cfg.head != "frozen":  # at the start the mean prediction is the frequency of a label
-        log_odds = torch.logit(torch.from_numpy(prep.labels[prep.train].mean(0)), 1e-5)  # [71]
+    if cfg.head != "frozen":  # predict the frequency of each label
+        frequency = torch.from_numpy(prep.labels[prep.train].mean(0))  # [71]
+        log_odds = torch.logit(frequency, 1e-5)
         ours = log_odds[columns(meta["classes"])]
         model.linear.bias.data.copy_(ours if name in BOXES else log_odds)
         if name not in BOXES:
@@ -378,7 +377,7 @@ def start(meta, args, cfg, prep):
 
 
 def load_imagenet(backbone, path):
-    """Start from torchvision's ResNet18: middle kernel rows; the stem stays random (3.3)."""
+    """Copy torchvision's ResNet18: middle rows of kernels; the stem stays random (3.3)."""
     own = backbone.state_dict()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -387,9 +386,9 @@ def load_imagenet(backbone, path):
                 weight = state[key]
                 own[key] = weight[:, :, weight.shape[2] // 2] if weight.ndim == 4 else weight
         backbone.load_state_dict(own)
-    except Exception:  # torch raises many kinds for a missing, truncated or foreign file
-        sys.exit(f"{path} is missing, damaged or of another width than 64: run 00_download.py "
-                 "--imagenet, or take --set start=random")
+    except Exception:  # of many kinds
+        sys.exit(f"{path} is missing, damaged or of another width than 64: run "
+                 "00_download.py --imagenet, or take --set start=random")
 
 
 # ---- Settings
@@ -412,34 +411,34 @@ def settings(args, p):
             else:
                 new = type(old)(value)
         except (KeyError, ValueError, TypeError):
-            like = "lists all settings" if old is None else f"has {name}={old}"
-            p.error(f"--set {text}: Config in common.py {like}")
+            like = "lists all" if old is None else f"has {name}={old}"
+            p.error(f"--set {text}: SETTINGS in common.py {like}")
         if new not in CHOICES.get(name, [new]):
             p.error(f"--set {text}: choose from {', '.join(CHOICES[name])}")
         cfg = replace(cfg, **{name: new})
     counts = cfg.batch, cfg.patience, cfg.width, cfg.top_k, *cfg.per_class
-    shares = cfg.lr, cfg.dropout, cfg.ema
-    if min(counts) < 1 or cfg.width % 16 or cfg.lr <= 0 or not max(shares) < 1:
-        p.error("--set: counts are at least 1, width is a multiple of 16, lr, dropout and ema are "
-                "below 1")
+    if min(counts) < 1 or cfg.width % 16:
+        p.error("--set: counts are at least 1, width is a multiple of 16")
     return cfg
 
 
 def main():
     p = common.argument_parser(__doc__, *common.RUN_FLAGS, "seed")
-    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of "
-                   "the recipe: a number, a word, yes or no, numbers with commas")
+    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change the "
+                   "recipe: a number, a word, yes or no, numbers with commas")
     p.add_argument("--no-contrastive", action="store_true", help="train without Eq. (7)")
-    p.add_argument("--round", type=int, default=1, help="2: once more, from projected prototypes")
-    p.add_argument("--imagenet", type=Path, metavar="FILE", default=Path("data") / IMAGENET,
+    p.add_argument("--round", type=int, default=1, help="2: from projected prototypes")
+    p.add_argument("--imagenet", type=Path, metavar="FILE", default=Path("data", IMAGENET),
                    help=f"default: data/{IMAGENET}")
     args = common.parse(p)
     cfg = settings(args, p)
     prep = common.load_prep(args.prep)
     prep.x = torch.from_numpy(prep.signals).to(args.device)  # 1 GB; on a CPU the file itself
-    metas = [describe(name, args, cfg, prep) for name in dict.fromkeys(args.model or BRANCHES)]
-    for meta in metas:  # what cannot be trained ends here, before hours of work
-        made_before(args.run / meta["model"] / "joint.pt", meta) or start(meta, args, cfg, prep)
+    names = dict.fromkeys(args.model or BRANCHES)
+    metas = [describe(name, args, cfg, prep) for name in names]
+    for meta in metas:  # what cannot be trained ends here
+        path = args.run / meta["model"] / "joint.pt"
+        made_before(path, meta) or start(meta, args, cfg, prep)
     best = {meta["model"]: train(meta, args, cfg, prep) for meta in metas}
     results = ", ".join(f"{name} {auroc:.4f}" for name, auroc in best.items())
     print(f"{args.run}: {results} (fold-9 macro-AUROC)")

@@ -1,8 +1,8 @@
 """Script 04, sparse classifiers (paper 3.5, Stage 3, Eq. 9-10) on similarities.
 
 Solves Eq. (10) on folds 1-8, for each branch and for all. Weights of other classes
-have L1, of a strength chosen on fold 9. In our recipe a label has one weight for all
-prototypes of a class, and none counts on ECGs of the patient it comes from.
+have L1, its strength is chosen on fold 9. In our recipe a label has one weight for the
+prototypes of a class, and none counts for its own patient.
 
 reads   PREP/*.npy, preprocess.json, RUN/MODEL/projected.pt, RUN/blackbox-*/joint.pt
 writes  RUN/classifiers/NAME.pt: logits of folds 9 and 10 [., 71], thresholds [C],
@@ -37,7 +37,7 @@ WITHIN, RESAMPLES = 0.002, 20  # of the best AUROC, a mean over resamples
 L2 = 1e-4  # without it some classes have no optimum
 TOLERANCE = 1e-5  # on the optimality conditions
 ROUNDS, ENTERING = 200, 64  # Newton's; weights that may join
-FEWEST = 10  # positives that a threshold needs
+FEWEST = 10  # positives, for a threshold
 TRAINED = "config round seconds epochs best_epoch val_auroc hardware threads".split()
 
 
@@ -73,7 +73,7 @@ def fit(X, Y, off, lambda_, W=None, b=None):
 
 
 def newton(X, y, l1, l2, v):
-    """Eq. (10) for one class: X [N, F + 1], y [N], l1, l2, start v -> v, its violation.
+    """Eq. (10) for one class: X [N, F + 1], y [N], l1, l2, start v -> v, violation.
 
     Proximal Newton, with step halving, on a working set: weights that are not zero,
     have no L1, or violate optimality most.
@@ -144,10 +144,11 @@ def fit_path(X, Y, off, prep, recipe, strengths, W=None, b=None):
 # ---- Scores and classifiers
 
 def standardise(scores, A, prep, p_patient):
-    """scores [N, P], A [P, F] -> X [N, F], mean and std of folds 1-8, without what a prototype
-    scores on records of its own patient."""
+    """scores [N, P], A [P, F] -> X [N, F], mean and std of folds 1-8; what a prototype
+    scores on records of its own patient is left out."""
     s = common.evidence(scores, A, prep.patient_ids[:, None] != p_patient)
-    mean, std = np.nanmean(s[prep.train], 0), np.nanstd(s[prep.train], 0).clip(1e-6)
+    mean, std = np.nanmean(s[prep.train], 0), np.nanstd(s[prep.train], 0)
+    std = std.clip(1e-6)
     return np.nan_to_num((s - mean) / std), mean, std
 
 
@@ -179,12 +180,12 @@ def save_classifier(args, prep, name, logits, classes, inputs, arrays={}, **more
     arrays = {**arrays, "logits": full, "thresholds": thresholds_of(y, on_val)}
     tensors = {k: torch.tensor(v) for k, v in arrays.items()}
     common.save(args.run / f"classifiers/{name}.pt", {"meta": meta, **tensors})
-    sparse = f"{more['nonzero']:6,} of {more['weights']:6,} weights" if more else ""
+    sparse = "{nonzero:6,} of {weights:6,} weights".format(**more) if more else ""
     print(f"{name:22s} fold 9 {auroc:.4f}  {sparse}", flush=True)
 
 
 def fit_classifier(args, prep, name, branches, own_only=False):
-    """Fit Eq. (10) to scores of branches, then, as strongly, to those before projection."""
+    """Fit Eq. (10) to scores of branches; then, as strongly, to those before 03."""
     cfg, models = branches[0].cfg, [branch.model for branch in branches]
     p_code = [m.classes[c] for m in models for c in m.p_class.tolist()]
     p_patient = torch.cat([m.p_patient for m in models]).cpu().numpy()
@@ -212,7 +213,7 @@ def fit_classifier(args, prep, name, branches, own_only=False):
 
 
 def score_branch(args, prep, name):
-    """A branch's scores [N, P] before and after projection; saves the logits of Stage 1's head."""
+    """A branch and its scores [N, P] before and after 03; saves Stage 1's logits."""
     path = args.run / name / "projected.pt"
     model, meta = common.load_model(path, "03_project.py", args)
     joint = copy.deepcopy(model)  # before projection
@@ -240,10 +241,10 @@ def merge(args, prep, name, members):
     if not all(path.is_file() for path in paths):
         return
     saved = [common.load(path, "04_fusion.py", args) for path in paths]
-    classes = [c for s in saved for c in s["meta"]["classes"]]  # disjoint
-    logits = torch.stack([s["logits"] for s in saved]).nansum(0)
-    inputs = [(path, s["meta"]) for path, s in zip(paths, saved)]
-    save_classifier(args, prep, name, logits[:, columns(classes)], classes, inputs)
+    metas = [s["meta"] for s in saved]
+    classes = [c for meta in metas for c in meta["classes"]]  # disjoint
+    logits = torch.stack([s["logits"] for s in saved]).nansum(0)[:, columns(classes)]
+    save_classifier(args, prep, name, logits, classes, [*zip(paths, metas)])
 
 
 def main():
@@ -267,7 +268,7 @@ def main():
     if all(b in branches for b in BRANCHES):
         three = [branches[b] for b in BRANCHES]
         if len({(branch.cfg.recipe, branch.cfg.tie) for branch in three}) > 1:
-            sys.exit(f"{args.run} has branches of two recipes or ties: train them with one")
+            sys.exit(f"{args.run} has branches of two recipes or ties")
         fit_classifier(args, prep, "fusion", three)
         fit_classifier(args, prep, "fusion-own", three, own_only=True)
     merge(args, prep, "macro", BRANCHES)

@@ -5,11 +5,10 @@ reads   PREP/*.npy, preprocess.json; RUN/MODEL/prototypes.json, log.jsonl;
 writes  RUN/metrics.json, results.md, results.html, figures/*.png
 
     python 05_evaluate.py                        all predictions of the run
-    python 05_evaluate.py --against runs/plain   compare to a run, say without contrastive loss
-    python 05_evaluate.py --save NAME            also tests/results/NAME.json
+    python 05_evaluate.py --against runs/plain   and how it compares to a run
     python 05_evaluate.py --ratings A.json B.json    only Table 3, from 06's page
 
-Half a minute. Last line: `RUN: fusion .9321 [.9250, .9390] over 71 classes -> RUN/results.md`.
+Takes seconds. Last line: `RUN: fusion .9321 [.9250, .9390] over 71 classes -> RUN/...`.
 """
 import base64
 import io
@@ -35,8 +34,8 @@ from common import BRANCHES, CODES, GROUPS, MODELS, columns
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN: no such class
 DRAWS, SEED = 1000, 42  # of the bootstrap
 BATCH = 32  # the authors'
-RARE = 10  # fewer positives are rare: too few for a bootstrap, or to judge a difference by
-STEPS = "-joint", "-projected", "-unprojected"  # towards a final prediction
+RARE = 10  # with fewer positives a bootstrap moves too little
+STEPS = "-joint", "-projected", "-unprojected"
 PAPER = [  # setting, prediction, without and with contrastive loss, black box
     ("rhythm branch, 16 labels", "rhythm", .8730, .8758, "blackbox-rhythm", None),
     ("morphology branch, 52", "morphology", .9023, .9056, "blackbox-morphology", None),
@@ -47,8 +46,8 @@ PAPER = [  # setting, prediction, without and with contrastive loss, black box
     ("macro aggregation, 71", "macro", .8918, .9048, "blackbox-macro", .9052),
     ("fusion classifier, 71", "fusion", .9010, .9248, None, None),
 ]
-BLUE, ORANGE = "#0072B2", "#D55E00"
-TERMS = {"bce": BLUE, "clst": ORANGE, "sep": "#009E73", "div": "#CC79A7", "cntrst": "black"}
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+TERMS = {"bce": BLUE, "clst": ORANGE, "sep": GREEN, "div": PINK, "cntrst": "black"}
 PAIRS = {  # differences, first - second
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global")],
@@ -86,9 +85,9 @@ def weighted_auroc(y, score, weights):
 def redraw_rare(aurocs, y, score):
     """Draw the AUROCs [1 + D, 71] of rare labels anew, in place: y, score [N, 71].
 
-    A bootstrap of one to nine positives moves too little. So each draw moves such a label, up or
-    down, by the mean of as many deviations of positives, from all labels of its branch. All
-    predictions share what is drawn. tests/test_05_evaluate.py simulates what the intervals cover.
+    A draw moves such a label by the mean of as many deviations of positives, from all
+    labels of its branch; the same for all predictions. The coverage of such intervals is
+    simulated in tests/test_05_evaluate.py.
     """
     positives, draws = y.sum(0), len(aurocs) - 1
     for branch in BRANCHES:
@@ -100,7 +99,7 @@ def redraw_rare(aurocs, y, score):
             alone = 0.5 + 0.5 * order.mean(1)  # the AUROC of each positive by itself
             deviations.append((alone - aurocs[0, c]) * (n / max(n - 1, 1)) ** 0.5)
             chances.append(np.full(n, (n > 1) / n))  # each label is as likely
-        deviations, chances = np.concatenate(deviations), np.concatenate(chances)
+        deviations, chances = map(np.concatenate, (deviations, chances))
         rng = np.random.default_rng(SEED)
         for c in own:
             n = positives[c]
@@ -115,8 +114,8 @@ def rounded(v):
 
 
 def macro(aurocs, codes, lowest=0):
-    """[mean over `codes`, ends of its 95 % interval, classes that there are, codes]; `lowest` is
-    -1 for differences."""
+    """[mean over `codes`, ends of its 95 % interval, classes, codes]; `lowest` is -1 for
+    differences."""
     x = aurocs[:, columns(codes)]
     value, *draws = np.nanmean(x, 1)
     ends = np.nanpercentile(draws, [2.5, 97.5]).clip(lowest, 1)
@@ -124,7 +123,7 @@ def macro(aurocs, codes, lowest=0):
 
 
 def numbers_of(p, aurocs, prep, frequent):
-    """All numbers of a prediction, and {code: [AUROC, ends, AUPRC, F1, threshold]}."""
+    """Numbers of a prediction, and {code: [AUROC, ends, AUPRC, F1, threshold]}."""
     labels, own = prep.labels[prep.test], columns(p.classes)
     per_class, each = {}, []
     for c, y, s, t in zip(p.classes, labels.T[own], p.test.T[own], p.thresholds):
@@ -134,7 +133,7 @@ def numbers_of(p, aurocs, prep, frequent):
         each.append(more)
         per_class[c] = [*macro(aurocs, [c])[:3], *map(rounded, more)]
     auprc, f1, _ = np.nanmean(each, 0)
-    batches = [slice(i, i + BATCH) for i in range(0, len(labels), BATCH)]  # by ecg_id, as in 01
+    batches = [slice(i, i + BATCH) for i in range(0, len(labels), BATCH)]
     per_batch = [common.macro_auroc(labels[b], p.test[b]) for b in batches]
     codes = GROUPS[MODELS[p.name][1]] if p.name in MODELS else CODES
     return {
@@ -212,9 +211,10 @@ def measure(args, prep):
     for question, some in pairs.items():
         some = [(a, b) for a, b in some if a in found and b in found]
         if some:
-            rows = {f"{a} - {b}": aurocs[a] - aurocs[b] for a, b in some}
-            differences[question] = {
-                k: [macro(v, codes, -1) for codes in (frequent, CODES)] for k, v in rows.items()}
+            rows = differences[question] = {}
+            for a, b in some:
+                gain = aurocs[a] - aurocs[b]
+                rows[f"{a} - {b}"] = [macro(gain, c, -1) for c in (frequent, CODES)]
     shown = {  # the first that has labels of a group
         g: n for g in BRANCHES for n in reversed(own) if numbers[n]["groups"][g][3]}
     shown.update({"black box": n for n in reversed(own) if n.startswith("blackbox")})
@@ -227,16 +227,17 @@ def measure(args, prep):
         "counts": {
             **prep.info["sizes"], "test_patients": len(np.unique(patients)),
             "test_positives": dict(zip(CODES, y.sum(0).tolist()))},
-        "left_out": prep.info["without_training_record"], "rule": RULE.format(DRAWS, RARE),
-        "predictions": numbers, "differences": differences, "shown": shown, "per_class": per_class,
+        "left_out": prep.info["without_training_record"],
+        "rule": RULE.format(DRAWS, RARE), "shown": shown,
+        "predictions": numbers, "differences": differences, "per_class": per_class,
         "cost": [cost_of(n, found[n], aurocs, args) for n in own if found[n].branches]}
 
 
 # ---- results.md, made from metrics.json
 
 RULE = (
-    "Intervals: 95 % percentiles of {:,} bootstrap draws by patient, the same for all; a label "
-    "with fewer than {} positives moves by deviations of positives of all labels of its branch.")
+    "Intervals: 95 % percentiles of {:,} bootstrap draws by patient, the same for all; a "
+    "label with fewer than {} positives moves by deviations of positives of its branch.")
 REPORT = """# {mark}Results of {run}
 
 Recipe {recipe}, seed {seed}, width {width}, {loss} contrastive loss. {counts[test]:,} test
@@ -245,10 +246,10 @@ records (the paper: 2,198) of {counts[test_patients]:,} patients.
 ## Headline
 {headline}
 
-Macro-AUROC of the logits on the whole of fold 10 at once. {rule} {rare}+ positives: over the
-classes with {rare} or more in fold 10. F1: at the logit with the best F1 on fold 9, or at 0
-for labels that are rare there. Fold 9: the fold that choices were made on. Per batch: what the
-authors' code measures, the mean over batches of the AUROC over the classes that a batch has.
+Macro-AUROC on the whole of fold 10. {rule} {rare}+ positives: over classes with so
+many in fold 10. F1: at the logit with the best F1 on fold 9, or at 0 for labels that are
+rare there. Fold 9: choices were made on it. Per batch: the authors' measure, the mean
+over batches of the AUROC over the classes in a batch.
 
 ## The paper's Tables 1 and 2
 {papers}
@@ -256,9 +257,9 @@ authors' code measures, the mean over batches of the AUROC over the classes that
 ## The cost of interpretability
 {costs}
 
-Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head; of
-Stage 3's classifier on the prototypes before and after projection; of a black box. Gap: mean of
-1 - cosine of a prototype and the patch that it became. Distinct: different patches in a class.
+Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head;
+of Stage 3's classifier on prototypes before and after projection; of a black box. Gap:
+mean of 1 - cosine of prototype and patch. Distinct: different patches in a class.
 
 ## Training
 {training}{kept}
@@ -283,7 +284,7 @@ def number(v, sign=""):
 
 
 def cell(v, sign=""):
-    """[value, low, high, classes in it, codes] -> .9321 [.9250, .9390] (over 68 of 71)."""
+    """[value, low, high, classes, codes] -> .9321 [.9250, .9390] (over 68 of 71)."""
     if v[0] is None:
         return "–"
     value, low, high = (number(x, sign) for x in v[:3])
@@ -292,7 +293,7 @@ def cell(v, sign=""):
 
 
 def table(head, rows):
-    """A markdown table, padded for the terminal; floats as `number`, lists as `cell`."""
+    """A markdown table, padded; floats as `number`, lists as `cell`."""
     show = {float: number, list: cell, type(None): number}
     rows = [[show.get(type(c), str)(c) for c in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -328,8 +329,9 @@ def paper_table(m):
 
 def cost_table(m):
     """What each step towards interpretability cost."""
-    head = ["model", "joint", "projected", "sparse, unprojected", "sparse, projected",
-            "black box", "gap", "prototypes", "distinct", "non-zero weights"]
+    head = [
+        "model", "joint", "projected", "sparse, unprojected", "sparse, projected",
+        "black box", "gap", "prototypes", "distinct", "non-zero weights"]
     keys, rows = [*STEPS, "sparse", *head[5:9]], []
     for r in m["cost"]:
         share = f"{r['nonzero']} ({r['nonzero'] / r['weights']:.1%})"
@@ -373,8 +375,8 @@ def report(m):
         rows = [
             [what, cell(some[:3], "+"), some[3], answer(some), cell(all_[:3], "+"), all_[3]]
             for what, (some, all_) in pairs.items() if all_[3]]
-        head = [question, f"AUROC, {RARE}+ positives [95 %]", "labels", "is the first better?",
-                "AUROC, all [95 %]", "labels"]
+        head = [question, f"AUROC, {RARE}+ positives [95 %]", "labels",
+                "is the first better?", "AUROC, all [95 %]", "labels"]
         paired.append(table(head, rows))
     return REPORT.format(
         **m, rare=RARE, loss="with" if m["contrastive"] else "without",
@@ -384,7 +386,7 @@ def report(m):
             "model", "minutes", "round", "epochs", "best epoch", "its fold 9", "hardware",
         ], trained),
         kept=f"\n\nStage 1 kept the start, epoch 0, of {kept}." if kept else "",
-        groups=table(["prediction", *(f"{b} ({len(GROUPS[b])})" for b, _ in by)], groups),
+        groups=table(["prediction", *(b for b, _ in by)], groups),
         paired="\n\n".join(paired),
         classes=table([
             "label", "prediction", "positives", "AUROC [95 %]", "AUPRC", "F1", "at logit",
@@ -470,20 +472,20 @@ def results_html(args, m, text):
     """results.md, figures and cases as a page."""
     page = PAGE.replace("RUN", escape(m["run"]))
     page += MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    page += "<h2>Figures</h2>" + image(
-        args.run / "figures/per_class_auroc.png",
-        "AUROC of each class on fold 10 with its 95 % interval")
+    page += "<h2>Figures</h2>"
+    page += image(args.run / "figures/per_class_auroc.png", "AUROC of each class, fold 10")
     page += image(args.run / "figures/training.png", "Training")
     page += "<h2>ECGs explained</h2>"
     cases = sorted((args.run / "cases").glob("*.json"))
     for path in cases:
         try:
             common.load(path, "06_plot_prototypes.py", args)
-            page += path.with_suffix(".html").read_text("utf-8").partition("</style>")[2]
+            text = path.with_suffix(".html").read_text("utf-8")
+            page += text.partition("</style>")[2]
         except SystemExit as e:
             page += f"<p>{escape(str(e))}</p>"
     if not cases:
-        page += "<p>None yet: run 06_plot_prototypes.py --case ECG_ID, then 05_evaluate.py.</p>"
+        page += "<p>None yet: run 06_plot_prototypes.py --case ECG_ID, then 05.</p>"
     commands = escape("\n".join(m["commands"]))
     return page + f"<h2>Commands that made this</h2><pre>{commands}</pre></html>\n"
 
@@ -494,10 +496,11 @@ def ratings_table(files):
     try:
         found = [json.loads(f.read_text("utf-8")) for f in files]
         (kind, _), = {(r["kind"], str(r["made"])) for r in found}  # of one page
-        each = {r["reviewer"]: pd.DataFrame(r["ratings"], [*criteria, "mark"]).T for r in found}
+        keys = [*criteria, "mark"]
+        each = {r["reviewer"]: pd.DataFrame(r["ratings"], keys).T for r in found}
         assert kind == "protoecgnet-ratings" and len(each) == len(files)
     except (AssertionError, KeyError, TypeError, ValueError):
-        sys.exit("these are not ratings of one review page of 06, one file for each reviewer")
+        sys.exit("these are not ratings of one page, one file for each reviewer")
     wrong = {j for r in each.values() for j in r.index[r["mark"] == "label-error"]}
     for name, r in each.items():
         each[name] = r = r.drop(wrong, errors="ignore")[criteria].astype(float)
@@ -520,18 +523,15 @@ def ratings_table(files):
 
 
 def main():
-    p = common.argument_parser(__doc__, "prep", "run", "recipe", "model", "threads", "demo")
-    p.add_argument("--against", type=Path, metavar="RUN2", help="another run to compare with")
-    p.add_argument("--save", metavar="NAME", help="also write tests/results/NAME.json")
-    p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="only print Table 3")
+    flags = "prep", "run", "recipe", "model", "threads", "demo"
+    p = common.argument_parser(__doc__, *flags)
+    p.add_argument("--against", type=Path, metavar="RUN2", help="a run to compare with")
+    p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="print Table 3")
     args = common.parse(p)
     if args.ratings:
         return ratings_table(args.ratings)
     m = measure(args, common.load_prep(args.prep))
     common.save(args.run / "metrics.json", m)
-    if args.save:
-        path = Path(__file__).parent / f"tests/results/{args.save}.json"
-        common.save(path, {k: v for k, v in m.items() if k != "per_class"})
     figures = plot_classes(m), plot_training(args.run, m["trained"])
     for name, figure in zip(("per_class_auroc", "training"), figures):
         content = io.BytesIO()

@@ -1,19 +1,19 @@
-"""Script 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a page for clinicians.
+"""Script 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a review.
 
-Blue is what a prototype looks at: 0.94 s (partial) or the strip (1D); a global one looks at all.
+Blue is what a prototype looks at: 0.94 s (partial), the strip (1D); a global one: all.
 
-reads   RUN/classifiers/fusion.pt (MODEL.pt with --model, or where there is no fusion),
-        RUN/MODEL/projected.pt, prototypes.json, prototypes.npy.gz; PREP for --case alone
-writes  RUN/figures/gallery.html; RUN/cases/NAME.html, a page a label when printed, and NAME.json
-        with all that it shows, records.csv; RUN/review.html
+reads   RUN/classifiers/fusion.pt, or, without fusion or with --model, MODEL.pt;
+        RUN/MODEL/projected.pt, prototypes.json, .npy.gz; PREP for --case alone
+writes  RUN/figures/gallery.html; RUN/cases/NAME.html, a page a label when printed,
+        NAME.json with all that it shows, records.csv; RUN/review.html
 
     python 06_plot_prototypes.py                   the gallery of all prototypes
-    python 06_plot_prototypes.py --case 449        why is this said of this ECG of PTB-XL?
-    python 06_plot_prototypes.py --record my/ecg   the same for your own WFDB record (my/ecg.hea)
-    python 06_plot_prototypes.py --record my/*     for many: cases/records.csv; pages with --pages
-    python 06_plot_prototypes.py --review          one HTML file to rate prototypes (Appendix C)
+    python 06_plot_prototypes.py --case 449        why is this said of this ECG?
+    python 06_plot_prototypes.py --record my/ecg   of your own WFDB record my/ecg.hea
+    python 06_plot_prototypes.py --record my/*     of many: records.csv, with --pages pages
+    python 06_plot_prototypes.py --review          a page to rate prototypes (Appendix C)
 
-Takes seconds. Last line: `runs/default: 355 prototypes -> runs/default/figures/gallery.html`.
+Takes seconds. Last line: `RUN: 355 prototypes -> RUN/figures/gallery.html`.
 """
 import hashlib
 import json
@@ -37,18 +37,18 @@ from common import BOXES, CODES, LEADS, RATE, SAMPLES
 NAMES = [lead.replace("AV", "aV") for lead in LEADS]
 ROWS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]  # of leads, on clinical paper
 STEP = 25 / RATE  # mm a sample, at 25 mm/s
-LEFT, WIDTH, MARGIN = 15, 270, 13.5  # mm: of the traces' start, a paper, a sheet
+LEFT, WIDTH, MARGIN = 15, 270, 13.5  # mm: where traces start, a paper, a sheet's margin
 PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
 SAID = "label", "classifier", "probability", "threshold", "predicted", "logit"
 BLUE, ORANGE, GREY = "#0b4f8a", "#d55e00", "#888888"
 
 
-# ---- Layout: a scene is what lies where, in mm from the upper left corner of its paper
+# ---- Layout: a scene is what lies where on its paper, in mm from the upper left
 
 def paper(rows, w, h, columns, text):
-    """A scene of rows of leads [(its number, mV [n])], `columns` mm apart: traces (x, y [n]), texts
-    (x, y, size, text), boxes (x, y, w, h, filled). It has half gain, 5 mm/mV, and says so, where a
-    trace would leave the paper."""
+    """A scene of rows of leads [(number, mV [n])], `columns` mm apart: traces (x, y [n]),
+    texts (x, y, size, text), boxes (x, y, w, h, filled). It has half gain, and says so,
+    where a trace would leave the paper."""
     most = np.array([max(y.max() for _, y in row) for row in rows])
     least = np.array([min(y.min() for _, y in row) for row in rows])
     for gain in (10, 5):
@@ -69,9 +69,10 @@ def paper(rows, w, h, columns, text):
 
 
 def whole(x, kind, windows=()):
-    """The scene of x [12, 1000] mV as 3 x 4 leads and strip. Of the 1D kind the strip is marked; of
-    the partial one the first of `windows` [(first, end)], while the others are outlined."""
-    rows = [[(lead, x[lead, 250 * i:250 * i + 250]) for i, lead in enumerate(row)] for row in ROWS]
+    """The scene of x [12, 1000] mV as 3 x 4 leads and a strip, which is marked for 1D; for
+    partial the first of `windows` [(first, end)] is, and others are outlined."""
+    parts = x.reshape(12, 4, 250)
+    rows = [[(lead, parts[lead, i]) for i, lead in enumerate(row)] for row in ROWS]
     rows.append([(1, x[1])])
     scene = paper(rows, WIDTH, 106, 62.5, "25 mm/s, high-pass 0.5 Hz")
     if kind == "1d":
@@ -79,7 +80,7 @@ def whole(x, kind, windows=()):
         scene["boxes"].append((LEFT - 1, top, 252, 100 - top, True))
     if kind == "partial":
         for rank, (first, end) in enumerate(windows):
-            x0, y0 = LEFT + STEP * first, 1 + 1.2 * rank  # staggered, as windows may overlap
+            x0, y0 = LEFT + STEP * first, 1 + 1.2 * rank  # staggered: they may overlap
             scene["boxes"].append((x0, y0, STEP * (end - first), 100 - y0, rank == 0))
     return scene
 
@@ -101,8 +102,8 @@ def svg(w, h, shapes):
 
 def letters(x, y, mm, text, style=""):
     """Text from (x, y) on, in letters of so many mm, with a halo."""
-    return (f'<text x="{x:.2f}" y="{y:.2f}" font-size="{mm}" fill="#000" stroke="#fff" '
-            f'stroke-width="0.7" paint-order="stroke"{style}>{escape(text)}</text>')
+    style += ' fill="#000" stroke="#fff" stroke-width="0.7" paint-order="stroke"'
+    return f'<text x="{x:.2f}" y="{y:.2f}" font-size="{mm}"{style}>{escape(text)}</text>'
 
 
 def draw(scene, left=0, top=0):
@@ -126,7 +127,7 @@ def draw(scene, left=0, top=0):
 
 
 def draw_bars(bars, top):
-    """Bars (what, value, more), a line each, to scale, from a common zero."""
+    """Bars (what, value, more), a line each, from a common zero."""
     values, shapes = [value for _, value, _ in bars], []
     least = min(*values, 0)
     mm = 70 / (max(*values, 0) - least)
@@ -143,8 +144,8 @@ def draw_bars(bars, top):
 
 
 def sheet(items):
-    """A page as SVG, from top to bottom: rows of scenes, lines of text of which the first is a
-    heading, or lists of bars (what, value, more)."""
+    """A page as SVG, from top to bottom: lists of scenes or of bars (what, value, more),
+    and texts, whose first line is a heading."""
     shapes, y = [], 5
     for item in items:
         if isinstance(item, str):
@@ -177,24 +178,24 @@ def source(q):
 
 
 def album(args, heads, words, review=False):
-    """Write all prototypes, a section for each label of a model: gallery.html, with their sources,
-    or review.html, where they are known by their class alone and can be rated."""
+    """Write all prototypes, a section a label: gallery.html, with their sources, or
+    review.html, with their class alone, to be rated."""
     sections, prototypes = {}, [q for head in heads for q in head.prototypes]
     for q in tqdm(prototypes, "pictures", disable=None):
         scenes = [whole(q["x"], q["kind"], [q["samples"]])]
         if q["kind"] == "partial":
             scenes.append(cut_out(q["x"], q["samples"]))
         pictures = "".join(svg(scene["w"], scene["h"], [draw(scene)]) for scene in scenes)
-        below = escape(f"{source(q)}, labelled {'; '.join(words[c] for c in q['labels'])}")
+        labels = "; ".join(words[c] for c in q["labels"])
+        below = escape(f"{source(q)}, labelled {labels}")
         if review:
-            form = f'<form id="{q["model"]}/{q["index"]}" data-class="{q["class"]}">'
-            below = f"{form}<b>{escape(words[q['class']])}</b><br>{FORM}"
+            below = FORM.format(**q, words=escape(words[q["class"]]))
         figure = f"<figure>{pictures}{below}</figure>"
         sections.setdefault((CODES.index(q["class"]), q["model"]), []).append(figure)
     title = f"{heads[0].mark}{args.run}: {len(prototypes):,} prototypes"
     path, text = args.run / "figures/gallery.html", (PAGE + ALBUM).replace("TITLE", escape(title))
     if review:
-        made = [h.made_from[f"{model}/projected.pt"] for h in heads for model in h.branches]
+        made = [h.made_from[f"{m}/projected.pt"] for h in heads for m in h.branches]
         page = json.dumps({"run": str(args.run), "made": made}).replace("<", "\\u003c")
         path, text = args.run / "review.html", text + REVIEW.replace("RUN", page)
     for (c, model), figures in sorted(sections.items()):
@@ -208,51 +209,44 @@ ALBUM = """figure { display: inline-block; vertical-align: top; width: 600px; ma
 figure { max-width: 95% } figure svg { border: 1px solid #bbb; width: 100%; height: auto }
 summary { padding: 8px } label { padding: 8px 4px }
 header { position: sticky; top: 0; background: #fff; padding: 8px 0 }
-</style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with which the
-model compares new ECGs. Not for clinical use.</p>
+</style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with
+which the model compares new ECGs. Not for clinical use.</p>
 """
 SCALE = "".join(f'<label><input type="radio" name="NAME" value="{n}">{n}</label>'
                 for n in range(1, 6))
-FORM = f"""Representativeness {SCALE.replace("NAME", "representativeness")}<br>
-Clarity {SCALE.replace("NAME", "clarity")}<br><select name="mark"><option value="">no mark</option>
-<option>best</option><option>bad</option><option>label-error</option></select>
+FORM = f"""<form id="{{model}}/{{index}}"><input type="hidden" name="class" value="{{class}}">
+<b>{{words}}</b><br>Representativeness {SCALE.replace("NAME", "representativeness")}<br>
+Clarity {SCALE.replace("NAME", "clarity")}<br>
+<select name="mark"><option value="">no mark</option><option>best</option>
+<option>bad</option><option>label-error</option></select>
 <textarea name="comment" rows="1" placeholder="comment"></textarea>
 <button type="reset">Clear</button></form>"""
-REVIEW = """<style>figure { width: auto } figure svg { width: auto; max-width: 100% }</style>
+REVIEW = """<style>figure, figure svg { width: auto; max-width: 100% }</style>
 <p><b>Representativeness</b>: Does the prototype reflect a typical or defining
-presentation of the assigned diagnostic class? <b>Clarity</b>: Is the ECG signal in the prototype
-clean and interpretable, or is it obscured by noise or artifacts that make interpretation difficult?
-5 is best. Ratings stay in this browser; export them to hand them in.</p>
+presentation of the assigned diagnostic class? <b>Clarity</b>: Is the ECG signal in the
+prototype clean and interpretable, or is it obscured by noise or artifacts that make
+interpretation difficult? 5 is best. Ratings stay in this browser: export them.</p>
 <header><span id="progress"></span> <button id="next">Next unrated</button>
-<button id="export">Export</button> <label>Import <input id="file" type="file"></label></header>
+<button id="export">Export</button>
+<label>Import <input id="file" type="file"></label></header>
 <script>
 const page = RUN, key = `protoecgnet ${page.run} ${page.made}`;
-const $ = id => document.getElementById(id), number = text => text ? Number(text) : null;
-
-function rating(form) {
-  const {representativeness, clarity, mark, comment} = form.elements;
-  return {class: form.dataset.class, representativeness: number(representativeness.value),
-          clarity: number(clarity.value), mark: mark.value || null, comment: comment.value};
-}
-function done(form) {
+const $ = id => document.getElementById(id), forms = () => [...document.forms];
+const rating = form => Object.fromEntries(new FormData(form));
+const ratings = () => Object.fromEntries(forms().map(form => [form.id, rating(form)]));
+const done = form => {
   const {mark, representativeness, clarity} = rating(form);
   return mark === "label-error" || representativeness && clarity;
-}
-function ratings() {  // of forms that say more than their class
-  const all = [...document.forms].map(form => [form.id, rating(form)]);
-  return Object.fromEntries(all.filter(([, r]) => Object.values(r).filter(Boolean).length > 1));
-}
+};
 function keep() {
-  const forms = [...document.forms];
-  $("progress").textContent = `${forms.filter(done).length} of ${forms.length} rated`;
+  $("progress").textContent = `${forms().filter(done).length} of ${forms().length} rated`;
   try { localStorage.setItem(key, JSON.stringify(ratings())); }
   catch { $("progress").textContent += ", not kept by this browser: export them"; }
 }
 function fill(ratings) {
-  for (const form of document.forms) for (const name in ratings[form.id]) {
-    for (const e of form.elements) if (e.name === name) e.checked = false;  // "" unsets no radio
-    if (form.elements[name]) form.elements[name].value = ratings[form.id][name] ?? "";
-  }
+  for (const form of forms())
+    for (const [name, value] of Object.entries(ratings[form.id] ?? {}))
+      if (form.elements[name]) form.elements[name].value = value;
   keep();
 }
 onload = () => fill(JSON.parse(localStorage.getItem(key)) ?? {});
@@ -260,13 +254,14 @@ oninput = keep;
 onreset = () => setTimeout(keep);  // after the form is empty
 onsubmit = () => false;
 $("next").onclick = () => {
-  const form = [...document.forms].find(form => !done(form));
+  const form = forms().find(form => !done(form));
   if (form) form.closest("details").open = true;
   form?.scrollIntoView({block: "end"});
 };
 $("export").onclick = () => {
   const reviewer = prompt("Your name, as the reviewer?");
-  const found = {format: 1, kind: "protoecgnet-ratings", reviewer, ...page, ratings: ratings()};
+  const kind = "protoecgnet-ratings";
+  const found = {format: 2, kind, reviewer, ...page, ratings: ratings()};
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([JSON.stringify(found)]));
   link.download = `ratings_${reviewer}.json`;
@@ -275,8 +270,7 @@ $("export").onclick = () => {
 $("file").onchange = async ({target}) => {
   const found = await target.files[0].text().then(JSON.parse).catch(() => ({}));
   target.value = "";  // so that the same file can be chosen again
-  if (found?.kind === "protoecgnet-ratings" && String(found.made) === String(page.made))
-    return fill(found.ratings ?? {});
+  if (`${found?.made}` === `${page.made}`) return fill(found.ratings);
   alert("This file does not hold ratings of these prototypes.");
 };
 </script>
@@ -286,25 +280,26 @@ $("file").onchange = async ({target}) => {
 # ---- Explanations (4.5)
 
 def read_wfdb(path, start=0.0):
-    """10 s of a WFDB record from second `start` on -> x [12, 1000] mV at 100 Hz, our leads,
-    filtered as 01's, and notes on what is odd in it."""
+    """10 s of a WFDB record from second `start` on -> x [12, 1000] mV at 100 Hz, filtered
+    as 01 does, and notes on what is odd in it."""
     import wfdb  # slow to import
     try:
         header = wfdb.rdheader(path)
         fs, length, first = header.fs, header.sig_len, round(start * header.fs)
-        end = length and min(length, first + int(np.ceil(10 * fs)))  # None: not in the header
+        end = length and min(length, first + int(np.ceil(10 * fs)))
         record = wfdb.rdrecord(path, sampfrom=first, sampto=end)
-        text = Path(f"{path}.hea").read_text("latin-1")  # where wfdb takes 200 for a gain of 0
+        text = Path(f"{path}.hea").read_text("latin-1")
         lead = "|".join(LEADS)
-        no_gain = re.search(rf"(?mi)^[^#\s]\S*\s+\S+[ \t]+0[.0]*[(/ \t].*\s({lead})\s*$", text)
-    except Exception as e:  # wfdb raises many kinds on a damaged file
-        sys.exit(f"{path} cannot be read from {start:g} s on ({e!r:.200}): its .hea is text, where "
-                 "dates, and dots and spaces in names, can be mended")
+        no_gain = re.search(
+            rf"(?mi)^[^#\s]\S*\s+\S+[ \t]+0[.0]*[(/ \t].*\s({lead})\s*$", text)
+    except Exception as e:  # of many kinds
+        sys.exit(f"{path} cannot be read from {start:g} s on: is its .hea right, as to dates "
+                 f"and names? {e!r:.200}")
     if record.p_signal is None or not 50 <= fs <= 10_000:
         sys.exit(f"{path} has no signals, or {fs:g} Hz: it must have 50 to 10,000")
     seconds = len(record.p_signal) / fs
     if seconds < 9.98:
-        sys.exit(f"{path} has {seconds:.3f} s from {start:g} s on: the model needs 10 s")
+        sys.exit(f"{path} has {seconds:.3f} s from {start:g} s on, but needs 10 s")
     names = [str(name).strip().upper() for name in record.sig_name]
     x, millivolt = [], {"mv": 1, "uv": 1e-3, "v": 1e3}
     for lead in LEADS:
@@ -312,27 +307,28 @@ def read_wfdb(path, start=0.0):
             sys.exit(f"{path} must hold each of the 12 leads once, not so {lead}")
         i = names.index(lead)
         unit = str(record.units[i] or "mV")
-        x.append(record.p_signal[:int(np.ceil(10 * fs)), i] * millivolt.get(unit.lower(), np.nan))
+        scale = millivolt.get(unit.lower(), np.nan)
+        x.append(scale * record.p_signal[:int(np.ceil(10 * fs)), i])
         if not np.all(np.abs(x[-1] - np.median(x[-1])) < 50):
-            sys.exit(f"{path} cannot be used: lead {lead}, in {unit}, has missing samples (try "
-                     "--start), exceeds 50 mV or its unit is none of mV, uV, V")
+            sys.exit(f"{path}: lead {lead}, in {unit}, has missing samples (try --start), "
+                     "exceeds 50 mV or its unit is none of mV, uV, V")
     up, down = Fraction(RATE / fs).limit_denominator(20_000).as_integer_ratio()
     x = resample_poly(x, up, down, axis=1, padtype="line")[:, :SAMPLES]
     height = np.ptp(x, axis=1)
     if height.max() < 0.1:
-        sys.exit(f"{path} is flat, or its gain or unit is wrong: no lead is 0.1 mV high")
+        sys.exit(f"{path} is flat, or its gain or unit is wrong: no lead has 0.1 mV")
     notes = [f"Lead {name} is flat." for name, mv in zip(NAMES, height) if mv < 0.01]
     if no_gain:
-        notes.append("Not calibrated: with a gain of 0, 200 units are taken for 1 mV.")
+        notes.append("Not calibrated: as the gain is 0, 200 units are taken for 1 mV.")
     if start:
         notes.append(f"From {start:g} s on.")
-    x = np.pad(x, ((0, 0), (0, SAMPLES - x.shape[1])), "edge")  # the last 0.02 s may miss
+    x = np.pad(x, ((0, 0), (0, SAMPLES - x.shape[1])), "edge")  # of up to 0.02 s
     return common.highpass(x).astype(np.float32), notes
 
 
 @torch.no_grad()
 def matched_windows(head, q, x):
-    """The windows (first, end) of x whose mean is the similarity to prototype q, best first."""
+    """The windows (first, end) of x that are similar to prototype q, best first."""
     network = head.networks[head.branches.index(q["model"])]
     z = network.latent(torch.from_numpy(x)[None].to(network.p.device))
     S = common.similarity(z, network.p[q["index"], None], network.a)[0, 0]  # [windows]
@@ -341,7 +337,7 @@ def matched_windows(head, q, x):
 
 
 def bars_of(r):
-    """Bars for a label's pieces of evidence: all but a rest of under 5 %."""
+    """Bars for pieces of evidence: all but a rest of under 5 %."""
     sizes = [abs(piece["contribution"]) for piece in r["pieces"]]
     most = 1 + int(np.searchsorted(np.cumsum(sizes), 0.95 * sum(sizes)))
     bars = [("the average training record", r["average"], "")]
@@ -356,12 +352,13 @@ def bars_of(r):
 
 
 def page(case, x, r, head, words):
-    """The items of the sheet that explains what is said of label r to ECG x."""
+    """The items of the sheet that explains result r for ECG x."""
     known = "; ".join(words[c] for c in case.get("true_labels", [])) or "not known"
+    p, threshold = shown(r["probability"]), shown(r["threshold"])
     text = " ".join([
-        f"{case['title']}. Probability {shown(r['probability'])}, predicted from "
-        f"{shown(r['threshold'])} on, by the {r['classifier']} classifier. True labels: {known}.",
-        *case["notes"], "For research, not for clinical use."])
+        f"{case['title']}. Probability {p}, predicted from {threshold} on, by the "
+        f"{r['classifier']} classifier. True labels: {known}.", *case["notes"],
+        "For research, not for clinical use."])
     by_id = {(q["model"], q["index"]): q for q in head.prototypes}
     pairs, first = [], None
     speaking = [q for q in r["pieces"] if q["contribution"] > 0 or not r["predicted"]]
@@ -379,10 +376,11 @@ def page(case, x, r, head, words):
             pairs.append([cut_out(x, windows[0]), cut_out(q["x"], q["samples"])])
         else:
             pairs.append([whole(q["x"], q["kind"])])
-    ecg, heading = [whole(x, *first or ("global", []))], "What speaks for and against it"
     verdict = "predicted" if r["predicted"] else "not predicted"
     title = [f"{head.mark}{words[r['label']]} {verdict}", *textwrap.wrap(text, 145)]
-    return ["\n".join(title), ecg, heading, bars_of(r), *pairs]
+    ecg = [whole(x, *first or ("global", []))]
+    bars = ["What speaks for and against it", bars_of(r)]
+    return ["\n".join(title), ecg, *bars, *pairs]
 
 
 def shown(p):
@@ -393,7 +391,7 @@ def shown(p):
 
 
 def write_case(args, heads, words, x, case, results):
-    """Write NAME.html, a page to print for each label that is predicted or asked for, and JSON."""
+    """Write NAME.html, a page for each label predicted or asked for, and NAME.json."""
     asked = [r for r in results if r["label"] in (args.label or ())]
     explained = asked or [r for r in results if r["predicted"]] or results[:1]
     path = args.run / "cases" / f"{case['name']}.html"
@@ -407,16 +405,16 @@ def write_case(args, heads, words, x, case, results):
         **common.provenance(args, *inputs), **case, "explained": explained,
         "labels": [{k: r[k] for k in SAID} for r in results],
         "descriptions": heads[0].descriptions})
-    said = [f"{words[r['label']]} {shown(r['probability'])}" for r in explained]
-    print(" ".join([f"{args.run}: {case['title']}: {', '.join(said)} -> {path}", *case["notes"]]))
+    said = ", ".join(f"{words[r['label']]} {shown(r['probability'])}" for r in explained)
+    print(f"{args.run}: {case['title']}: {said} -> {path}", *case["notes"])
 
 
 def explain_records(args, heads, words):
-    """Explain own WFDB records: pages and records.csv; ends with those that cannot be used."""
+    """Explain WFDB records: pages and records.csv; exits if some cannot be used."""
     paths = {}
     for path in args.record:  # of my/* only what has a header
-        stem = re.sub(r"\.(hea|dat|mat)$", "", path)
-        if len(args.record) == 1 or Path(f"{stem}.hea").is_file() or not Path(path).exists():
+        stem, alone = re.sub(r"\.(hea|dat|mat)$", "", path), len(args.record) == 1
+        if alone or Path(f"{stem}.hea").is_file() or not Path(path).exists():
             paths[stem] = os.fsencode(stem).decode("utf-8", "replace")
     if not paths:
         sys.exit("none of these is a WFDB record: there is no .hea")
@@ -429,24 +427,26 @@ def explain_records(args, heads, words):
             failed.append(str(e))
             continue
         patient = None
-        for q in prototypes:  # PTB-XL's ECGs are in other data sets too, at other rates
+        for q in prototypes:  # other data sets hold PTB-XL's ECGs too
             if patient is None and np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.75:
                 patient = q["patient"]
                 notes.append(f"This is training ECG {q['ecg_id']}.")
         results = common.explain(heads, x, patient)
         for r in results:
             pieces = [f"{q['class']} {q['contribution']:+.2f}" for q in r["pieces"][:3]]
-            rows.append({"record": said, **{k: r[k] for k in SAID}, "pieces": "; ".join(pieces),
-                         "notes": " ".join(notes)})
+            rows.append({"record": said, **{k: r[k] for k in SAID},
+                         "pieces": "; ".join(pieces), "notes": " ".join(notes)})
         if len(paths) == 1 or args.pages:
-            place = f"{os.path.abspath(path)} {args.start}".encode("utf-8", "surrogateescape")
+            place = repr((os.path.abspath(path), args.start)).encode()
+            place = hashlib.sha256(place).hexdigest()[:6]
             name = re.sub(r"\W+", "-", Path(said).name).strip("-")[:60]
             write_case(args, heads, words, x, {
-                "name": f"record-{name}-{hashlib.sha256(place).hexdigest()[:6]}", "record": said,
+                "name": f"record-{name}-{place}", "record": said,
                 "title": f"{heads[0].mark}record {said[-70:]}", "notes": notes}, results)
     if len(paths) > 1 and rows:
-        common.save(args.run / "cases/records.csv", pd.DataFrame(rows).to_csv(index=False))
-        print(f"{args.run}: {len(paths) - len(failed)} records -> {args.run}/cases/records.csv")
+        table = args.run / "cases/records.csv"
+        common.save(table, pd.DataFrame(rows).to_csv(index=False))
+        print(f"{args.run}: {len(paths) - len(failed)} records -> {table}")
     if failed:
         sys.exit("\n".join(failed))
 
@@ -460,19 +460,19 @@ svg { display: block; max-width: 100%; max-height: 296mm; height: auto; break-af
 def main():
     p = common.argument_parser(__doc__, *common.RUN_FLAGS)
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--case", type=int, nargs="+", metavar="ECG_ID", help="explain these ECGs")
-    what.add_argument("--record", nargs="+", metavar="PATH", help="explain your own WFDB records")
-    what.add_argument("--review", action="store_true", help="write the page for clinicians")
-    p.add_argument("--label", nargs="+", metavar="CODE", help="explain these, predicted or not")
-    p.add_argument("--start", type=float, default=0, metavar="S", help="second of a long --record")
-    p.add_argument("--pages", action="store_true", help="a page for each of several records too")
+    what.add_argument("--case", type=int, nargs="+", metavar="ECG_ID", help="of PTB-XL")
+    what.add_argument("--record", nargs="+", metavar="PATH", help="your WFDB records")
+    what.add_argument("--review", action="store_true", help="the page for clinicians")
+    p.add_argument("--label", nargs="+", metavar="CODE", help="explain these")
+    p.add_argument("--start", type=float, default=0, metavar="S", help="second of a record")
+    p.add_argument("--pages", action="store_true", help="a page for each of many records")
     args = common.parse(p)
     if set(args.model or ()) & set(BOXES):
         p.error("black boxes have no prototypes")
     heads = common.load_run(args.run, args.model, args.device)
     known = {c for head in heads for c in head.classes}
     for code in set(args.label or ()) - known:
-        sys.exit(f"{args.run} has no label {code}, but {', '.join(sorted(known))}")
+        sys.exit(f"{args.run} has no label {code}, but {' '.join(sorted(known))}")
     words = {c: f"{text} ({c})" for c, text in heads[0].descriptions.items()}
     if args.review:
         return album(args, heads, words, review=True)
@@ -480,7 +480,8 @@ def main():
         return explain_records(args, heads, words)
     if args.case or args.demo:
         prep = common.load_prep(args.prep)
-        common.load(args.run / f"classifiers/{heads[0].name}.pt", "04_fusion.py", args)  # its PREP?
+        file = args.run / f"classifiers/{heads[0].name}.pt"
+        common.load(file, "04_fusion.py", args)  # of this PREP?
         for ecg_id in args.case or prep.ecg_ids[prep.test][:1].tolist():
             row = prep.row_of.get(ecg_id)
             if row is None:

@@ -1,8 +1,8 @@
-"""What two or more stages share, in the order of the paper: labels (3.1), settings (Appendix E),
-model and Eq. (1) (3.3), AUROC; then finished runs, flags and files.
+"""What stages share, in the paper's order: labels (3.1), settings (Appendix E), model and
+Eq. (1) (3.3), AUROC; then finished runs, flags and files.
 
-Shapes: x [B, 12, 1000] mV, z [B, D, L] latent map, p [P, D, T] prototypes, s [B, P] similarities,
-W [C, F] weights of F pieces of evidence (F = P where they are the prototypes), y [B, C] labels.
+Shapes: x [B, 12, 1000] mV, z [B, D, L] latents, p [P, D, T] prototypes,
+s [B, P] similarities, W [C, F] weights of pieces of evidence, y [B, C] labels.
 """
 import argparse
 import ctypes
@@ -14,7 +14,7 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,18 +31,17 @@ from tqdm import tqdm
 FORMAT = 3  # of files, raised when their layout changes
 torch.backends.cudnn.allow_tf32 = False  # projection compares cosines near 1
 
-# ---- Labels (3.1 and Appendix G, in PTB-XL's spelling and the row order of its scp_statements.csv)
+# ---- Labels (3.1, Appendix G), in the order of PTB-XL's scp_statements.csv
 
 LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()
 SAMPLES, RATE = 1000, 100  # ten seconds at 100 Hz
 CODES = """
-    NDT NST_ DIG LNGQT NORM IMI ASMI LVH LAFB ISC_ IRBBB 1AVB IVCD ISCAL CRBBB CLBBB ILMI LAO/LAE
-    AMI ALMI ISCIN INJAS LMI ISCIL LPFB ISCAS INJAL ISCLA RVH ANEUR RAO/RAE EL WPW ILBBB IPLMI ISCAN
-    IPMI SEHYP INJIN INJLA PMI 3AVB INJIL 2AVB ABQRS PVC STD_ VCLVH QWAVE LOWT NT_ PAC LPR INVT
-    LVOLT HVOLT TAB_ STE_ PRC(S) SR AFIB STACH SARRH SBRAD PACE SVARR BIGU AFLT SVTAC PSVT TRIGU
-    """.split()
-_RHYTHM = """1AVB IVCD 3AVB 2AVB SR AFIB STACH SARRH SBRAD PACE SVARR BIGU AFLT SVTAC PSVT
-    TRIGU""".split()
+    NDT NST_ DIG LNGQT NORM IMI ASMI LVH LAFB ISC_ IRBBB 1AVB IVCD ISCAL CRBBB CLBBB
+    ILMI LAO/LAE AMI ALMI ISCIN INJAS LMI ISCIL LPFB ISCAS INJAL ISCLA RVH ANEUR RAO/RAE
+    EL WPW ILBBB IPLMI ISCAN IPMI SEHYP INJIN INJLA PMI 3AVB INJIL 2AVB ABQRS PVC STD_
+    VCLVH QWAVE LOWT NT_ PAC LPR INVT LVOLT HVOLT TAB_ STE_ PRC(S) SR AFIB STACH SARRH
+    SBRAD PACE SVARR BIGU AFLT SVTAC PSVT TRIGU""".split()
+_RHYTHM = ["1AVB", "IVCD", "3AVB", "2AVB", *CODES[CODES.index("SR"):]]
 _GLOBAL = "DIG NORM EL".split()
 GROUPS = {
     "rhythm": _RHYTHM,
@@ -50,101 +49,92 @@ GROUPS = {
     "global": _GLOBAL,
     "all": CODES}
 
-MODELS = {  # (kind of prototype, label group); blackbox-2d can start from ImageNet, -1d cannot
+BRANCHES = ["rhythm", "morphology", "global"]  # the paper's three
+MODELS = {  # (kind of prototype, label group); blackbox-2d may start from ImageNet
     "rhythm": ("1d", "rhythm"), "morphology": ("partial", "morphology"),
-    "global": ("global", "global"),
-    "all-1d": ("1d", "all"), "all-partial": ("partial", "all"), "all-global": ("global", "all"),
+    "global": ("global", "global"), "all-1d": ("1d", "all"),
+    "all-partial": ("partial", "all"), "all-global": ("global", "all"),
     "blackbox-1d": ("blackbox", "all"), "blackbox-2d": ("blackbox", "all"),
-    "blackbox-rhythm": ("blackbox", "rhythm"), "blackbox-morphology": ("blackbox", "morphology"),
-    "blackbox-global": ("blackbox", "global"),
+    **{f"blackbox-{branch}": ("blackbox", branch) for branch in BRANCHES},
 }
 BOXES = [m for m in MODELS if MODELS[m][0] == "blackbox"]
-BRANCHES = ["rhythm", "morphology", "global"]  # the paper's three
-IMAGENET = "resnet18-f37072fd.pth"  # torchvision's weights, fetched by 00_download.py --imagenet
+IMAGENET = "resnet18-f37072fd.pth"  # torchvision's, of 00_download.py --imagenet
 
 
 def columns(codes):
-    """Column numbers of `codes` in labels.npy and in all logits."""
+    """Numbers of `codes` among the 71 columns of labels and logits."""
     return [CODES.index(c) for c in codes]
 
 
 def highpass(x):
-    """First-order 0.5 Hz Butterworth high-pass, zero phase (3.2): x [..., 1000] -> the same."""
+    """0.5 Hz Butterworth of order 1, zero phase (3.2): x [..., 1000] -> the same."""
     b, a = butter(1, 0.5, "highpass", fs=RATE)
     return filtfilt(b, a, x, axis=-1)
 
 
 # ---- Settings
 
-@dataclass(frozen=True)
-class Config:
-    """Every choice of a run. The defaults are our recipe; `PAPER` holds the authors' settings."""
-    recipe: str = "default"
-    seed: int = 42
+SETTINGS = {  # ours, the authors'; * from their code, as the paper does not say
+    "recipe": ("default", "paper"),
+    "seed": (42, 42),
     # Network (3.3)
-    width: int = 32              # channels of the first stage; paper: 64, ResNet18
-    dropout: float = 0.2         # before the last stage; paper: tuned, place: authors' code
-    linear_dropout: float = 0.5  # ours, before the layer of a black box; paper: 0
-    scale_input: bool = True     # StandardScaler per lead, fitted on folds 1-8; paper: silent
-    start: str = "random"        # of the backbone; paper: imagenet (2D branches)
-    pool: str = "meanmax"        # over time, 1D and black boxes; paper: mean
-    add_on: str = "centred"      # ours: linear, mean 0, variance 1; authors' code: sigmoid
-    latent_dim: int = 128        # D; authors' code: 512, as many as channels (0)
-    per_class: tuple = (5, 5, 5)  # prototypes: 1D, partial, global; authors' code: 5, 18, 7
-    a: tuple = (1.0, 1.0, 1.0)   # scale of Eq. (1); authors' code: 1, 13, 4
-    top_k: int = 5               # windows in a partial score; paper: k unstated, code: all 30
-    tie: str = "class"           # ours: W has one weight for all prototypes of a class; paper: none
+    "width": (32, 64),  # channels of the first stage
+    "dropout": (0.2, 0.35),  # before the last stage *
+    "linear_dropout": (0.5, 0.0),  # before the linear layer of a black box
+    "scale_input": (True, False),  # standardise each lead, as on folds 1-8
+    "start": ("random", "imagenet"),  # of 2D backbones; 1D: random
+    "pool": ("meanmax", "mean"),  # over time, of 1D and black boxes
+    "add_on": ("centred", "sigmoid"),  # centred: linear, mean 0, variance 1 *
+    "latent_dim": (128, 0),  # D; 0: as many as channels, 512 *
+    "per_class": ((5, 5, 5), (5, 18, 7)),  # prototypes: 1D, partial, global *
+    "a": ((1.0, 1.0, 1.0), (1.0, 13.0, 4.0)),  # scale of Eq. (1) *
+    "top_k": (5, 30),  # windows in a partial score; 30: all *
+    "tie": ("class", "none"),  # class: one weight for all its prototypes
     # Loss (3.4)
-    lambda_clst: float = 0.02    # ours: small, as the BCE of rare labels is itself about .05
-    lambda_sep: float = 0.004    # ours
-    lambda_div: float = 0.1      # ours
-    lambda_cntrst: float = 0.1   # ours
-    auxiliary: float = 1.0       # ours: weight of a black box's BCE on the same backbone; paper: 0
-    class_weights: bool = False  # w of Eq. (3), as the authors' code has them; ours: of mean 1
-    sampler: str = "shuffle"     # or weighted: by the inverse frequency of a record's labels
+    "lambda_clst": (0.02, 0.004),  # * ours are small, as the BCE of rare labels is
+    "lambda_sep": (0.004, 0.0004),  # *
+    "lambda_div": (0.1, 250.0),  # *
+    "lambda_cntrst": (0.1, 600.0),  # *
+    "auxiliary": (1.0, 0.0),  # weight of a black box's BCE, on the same backbone
+    "class_weights": (False, True),  # w of Eq. (3) *; in our recipe of mean 1
+    "sampler": ("shuffle", "shuffle"),  # or weighted: rare labels more often
     # Stage 1 (3.5, Appendix E)
-    head: str = "free"           # whether W learns, or is frozen (authors' code)
-    own: float = 1.0             # ours: weight of the BCE of own-class weights alone; paper: 0
-    head_start: tuple = (10.0, 0.0)  # W_cp at the start, own class and others; paper: 1, -0.5
-    epochs: int = 45
-    patience: int = 45           # epochs without a better fold-9 macro-AUROC; paper: 10
-    batch: int = 64              # authors' code: 32
-    lr: float = 3e-3             # authors' code: 1e-4
-    optimizer: str = "adamw"     # ours; paper: adam, whose weight decay is an L2 term
-    weight_decay: float = 0.02
-    scheduler: str = "onecycle"  # authors' code: cosine
-    augment: bool = True         # amplitude, noise, wander, lost leads, shift, blank; paper: silent
-    crop: int = 500              # samples of a training crop, to 4/5 of the epochs; global: all
-    ema: float = 0.99            # ours: moving average of weights over steps; paper: 0, none
+    "head": ("free", "frozen"),  # whether W learns *
+    "own": (1.0, 0.0),  # weight of the BCE of own-class weights alone
+    "head_start": ((10.0, 0.0), (1.0, -0.5)),  # W_cp: own class, others
+    "epochs": (45, 200),
+    "patience": (45, 10),  # epochs without a better fold 9
+    "batch": (64, 32),  # *
+    "lr": (3e-3, 1e-4),  # *
+    "optimizer": ("adamw", "adam"),  # adam: weight decay is an L2 term
+    "weight_decay": (0.02, 1.7e-4),  # *
+    "scheduler": ("onecycle", "cosine"),  # *
+    "augment": (True, False),  # 02's augment
+    "crop": (500, 1000),  # samples, up to 4/5 of the epochs; global: all
+    "ema": (0.99, 0.0),  # moving average of the weights
     # Stages 2 and 3
-    unique: bool = True          # ours: prototypes of a class lie apart, if they can (03)
-    own_patient: bool = False    # whether prototypes count for ECGs of their patient; paper: yes
-
-
-PAPER = Config(  # the authors' settings, run through the paper's equations
-    recipe="paper", width=64, dropout=0.35, linear_dropout=0.0, scale_input=False, start="imagenet",
-    pool="mean", add_on="sigmoid", latent_dim=0, per_class=(5, 18, 7), a=(1.0, 13.0, 4.0), top_k=30,
-    tie="none", lambda_clst=0.004, lambda_sep=0.0004, lambda_div=250.0, lambda_cntrst=600.0,
-    auxiliary=0.0, own=0.0, class_weights=True, head="frozen", head_start=(1.0, -0.5),
-    own_patient=True, epochs=200, patience=10, batch=32, lr=1e-4, optimizer="adam",
-    weight_decay=1.7e-4, scheduler="cosine", augment=False, crop=SAMPLES, ema=0.0, unique=False)
-RECIPES = {"default": Config(), "paper": PAPER}
+    "unique": (True, False),  # prototypes of a class lie apart (03)
+    "own_patient": (False, True),  # whether prototypes count for their patient
+}
+Config = make_dataclass(
+    "Config", [(k, type(a), a) for k, (a, _) in SETTINGS.items()], frozen=True)
+RECIPES = {"default": Config(), "paper": Config(*(b for _, b in SETTINGS.values()))}
 
 
 # ---- Backbone (3.3)
 
 class Conv(nn.Conv1d):
-    """A 1D convolution as a faster 1 x k 2D one, the batch on the height axis: x [1, C, B, L]."""
+    """A 1D convolution as a faster 2D one: x [1, C, B, L], the batch as height."""
 
     def forward(self, x):
         weight, stride = self.weight[:, :, None], (1, *self.stride)
-        if weight.requires_grad:  # oneDNN takes 0 times memory that it never wrote, perhaps NaN
+        if weight.requires_grad:  # oneDNN adds 0 times memory that may hold NaN
             weight.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
         return F.conv2d(x, weight, stride=stride, padding=(0, *self.padding))
 
 
 class Block(nn.Module):
-    """Two 3-tap convolutions and a shortcut (He et al. 2015), with torchvision's names."""
+    """Two convolutions and a shortcut (He et al. 2015), named as torchvision's."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -163,9 +153,8 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """The paper's ResNet1D-18 and its ResNet2D-18: x [B, 12, 1000] -> h [B, 8 * width, 32]. The
-    12 x 7 stem of the 2D network leaves a lead axis of height 1, so that of its 3 x 3 kernels only
-    the middle rows meet data (tests/test_common.py)."""
+    """The paper's 1D and 2D ResNet18: x [B, 12, 1000] -> h [B, 8 * width, 32]. After
+    the 12 x 7 stem the 2D one has height 1: only middle rows of kernels meet data."""
 
     def __init__(self, width=64, dropout=0.0):
         super().__init__()
@@ -199,19 +188,18 @@ WINDOW = {"1d": 1, "partial": 3, "global": 32}  # T: latent steps of a prototype
 
 
 def similarity(z, p, a=1.0):
-    """Eq. (1) between every window of z and every prototype.
-
-    z [B, D, L], p [P, D, T], scale a -> S [B, P, L - T + 1], each a * cosine of D x T patches.
-    """
-    windows = z.to(p.dtype).unfold(2, p.shape[2], 1).transpose(1, 2).flatten(2)  # [B, L-T+1, D T]
+    """Eq. (1): a times the cosine of every window of z [B, D, L] and every prototype
+    p [P, D, T] -> S [B, P, L - T + 1]."""
+    windows = z.to(p.dtype).unfold(2, p.shape[2], 1)  # [B, D, L-T+1, T]
+    windows = windows.transpose(1, 2).flatten(2)  # [B, L-T+1, D T]
     unit_z = F.normalize(windows, dim=2)  # z / |z|
     unit_p = F.normalize(p.flatten(1), dim=1)  # p / |p|
-    with torch.autocast(z.device.type, enabled=False):  # bf16 does not resolve cosines near 1
+    with torch.autocast(z.device.type, enabled=False):  # bf16 blurs cosines near 1
         return a * (unit_z @ unit_p.T).transpose(1, 2)  # Eq. (1)
 
 
 def pool_over_time(h, how):
-    """h [B, D, L] -> [B, D, 1], the time average (paper), or with its maximum [B, 2 D, 1]."""
+    """h [B, D, L] -> its mean [B, D, 1]; meanmax: and its maximum [B, 2 D, 1]."""
     mean = h.mean(2, keepdim=True)
     return mean if how == "mean" else torch.cat([mean, h.amax(2, keepdim=True)], 1)
 
@@ -222,7 +210,7 @@ class BlackBox(nn.Module):
     def __init__(self, classes, cfg):
         super().__init__()
         self.kind, self.classes, self.pool = "blackbox", list(classes), cfg.pool
-        self.register_buffer("mean", torch.zeros(12, 1))  # of the leads: Config.scale_input
+        self.register_buffer("mean", torch.zeros(12, 1))  # Config.scale_input
         self.register_buffer("std", torch.ones(12, 1))
         self.backbone = ResNet18(cfg.width, cfg.dropout)
         self.dropout = nn.Dropout(cfg.linear_dropout)
@@ -242,15 +230,15 @@ class BlackBox(nn.Module):
 
 
 class ProtoECGNet(BlackBox):
-    """One branch of the paper: backbone, add-on, prototypes p [P, D, T], linear head W [C, P].
+    """A branch: backbone, add-on, prototypes p [P, D, T], linear head W [C, P] (3.3).
 
-    kind "1d", "partial" or "global" (3.3); per_class [C] counts prototypes. p_class [P] says whose
-    a prototype is, p_patient [P] whose records do not count for it. With cfg.tie = "class" the head
-    sees the mean similarity to each class: W = V A^T with V [C, C] and A [P, C].
+    kind is "1d", "partial" or "global", per_class [C] the number of prototypes.
+    p_class [P] says whose a prototype is, p_patient [P] for whom it does not count.
+    With cfg.tie = "class" the head sees mean similarities to classes: W = V A^T.
     """
 
     def __init__(self, kind, classes, per_class, cfg):
-        super().__init__(CODES, cfg)  # all 71 labels help to train the backbone: Config.auxiliary
+        super().__init__(CODES, cfg)  # its linear layer is for Config.auxiliary
         self.kind, self.classes = kind, list(classes)
         self.a = cfg.a[list(WINDOW).index(kind)]
         self.top_k = cfg.top_k if kind == "partial" else 1
@@ -260,15 +248,14 @@ class ProtoECGNet(BlackBox):
         self.register_buffer("p_class", p_class)
         self.register_buffer("p_patient", torch.full_like(p_class, -1))
         shape = len(p_class), dim, WINDOW[kind]
-        if cfg.add_on == "sigmoid":
-            self.add_on = nn.Sequential(
-                nn.Conv1d(channels, dim, 1), nn.ReLU(), nn.Conv1d(dim, dim, 1), nn.Sigmoid())
-            if kind != "1d":  # as in the authors' code
-                for layer in self.add_on[0], self.add_on[2]:
-                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                    nn.init.zeros_(layer.bias)
+        if cfg.add_on == "sigmoid":  # as in the authors' code
+            first, second = nn.Conv1d(channels, dim, 1), nn.Conv1d(dim, dim, 1)
+            for layer in (first, second) if kind != "1d" else ():
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+            self.add_on = nn.Sequential(first, nn.ReLU(), second, nn.Sigmoid())
             self.p = nn.Parameter(torch.randn(shape))
-        else:  # without a direction that all latents share, so that a cosine can be 0
+        else:  # latents share no direction, so that a cosine can be 0
             self.add_on = nn.Sequential(
                 nn.Conv1d(channels, dim, 1, bias=False), nn.BatchNorm1d(dim, affine=False))
             self.p = nn.Parameter(torch.rand(shape) - 0.5)
@@ -286,19 +273,19 @@ class ProtoECGNet(BlackBox):
         return self.to_latent(self.features(x))
 
     def to_latent(self, h):
-        """h [B, 8 * width, 32] -> z [B, D, L]; the 1D branch pools over time first: L = 1."""
+        """h [B, 8 * width, 32] -> z [B, D, L]; 1D pools over time first: L = 1."""
         return self.add_on(pool_over_time(h, self.pool) if self.kind == "1d" else h)
 
     def scores(self, z):
-        """z [B, D, L] -> s [B, P]: the mean of the top-k windows; 1D and global have only one."""
+        """z [B, D, L] -> s [B, P]: the mean of the top-k windows; 1D, global: the one."""
         S = similarity(z, self.p, self.a)  # [B, P, windows]
         k = min(self.top_k, S.shape[2])
         return S.mean(2) if k == S.shape[2] else S.topk(k, dim=2).values.mean(2)
 
     def logits(self, s, own=False):
-        """s [B, P] -> logits [B, C] of Stage 1's head, or of its own-class weights alone."""
+        """s [B, P] -> logits [B, C], with `own` of own-class weights alone."""
         V = self.head.weight * self.own if own else self.head.weight
-        with torch.autocast(s.device.type, enabled=False):  # V adds up small differences
+        with torch.autocast(s.device.type, enabled=False):  # differences are small
             return F.linear(s @ self.A, V, self.head.bias)
 
     def forward(self, x):
@@ -306,8 +293,8 @@ class ProtoECGNet(BlackBox):
 
 
 def window_samples(kind, window):
-    """(first, end) sample that a latent window stands for (Appendix D): of a partial one k..k+2
-    0.94 s around step k + 1, at sample 32 (k + 1), clipped; else the whole record."""
+    """(first, end) sample that a latent window stands for (Appendix D): of a partial one
+    0.94 s around the middle one of its three steps, 32 samples each; else all."""
     if kind != "partial":
         return 0, SAMPLES
     centre = 32 * (window + 1)
@@ -317,7 +304,7 @@ def window_samples(kind, window):
 # ---- AUROC (3.1)
 
 def auroc(y, score):
-    """AUROC of each column (Mann-Whitney, midranks): y, score [N, C] -> [C]; NaN if all y agree."""
+    """AUROC of each column (Mann-Whitney): y, score [N, C] -> [C]; NaN if all y agree."""
     y = np.asarray(y, bool)
     ranks = rankdata(score, axis=0)
     positive = y.sum(0)
@@ -328,20 +315,20 @@ def auroc(y, score):
 
 
 def macro_auroc(y, score):
-    """Mean AUROC over the columns that have a positive and a negative; NaN if none has."""
+    """Mean AUROC over the columns with positives and negatives; NaN if none has."""
     each = auroc(y, score)
     return float(np.nanmean(each)) if np.isfinite(each).any() else float("nan")
 
 
-# ---- A finished run: what 06 and a notebook need
+# ---- A finished run, for 06 and for notebooks
 
 def load_run(run, models=None, device="cpu"):
-    """The classifiers of a run folder alone: `models`, or its fusion, or else each model's own.
+    """The classifiers of a run folder: `models`, or its fusion, or else each model's own.
 
-    Each is a namespace of name, classes [C], W [C, F], b [C], mean [F], std [F], thresholds [C] on
-    the logit, pieces [F] (the class of each piece of evidence), A [P, F] (whose mean similarity a
-    piece is), descriptions {code: text}, mark (what it was trained on, if not PTB-XL), networks,
-    and prototypes [P]: dicts of prototypes.json with the ECG x [12, 1000] mV.
+    Each is a namespace of name, classes [C], W [C, F], b [C], mean, std [F], thresholds
+    [C] on the logit, pieces [F] (classes), A [P, F] (whose mean similarity a piece is),
+    descriptions {code: text}, mark (of other data than PTB-XL), networks, and
+    prototypes [P], dicts of prototypes.json with the ECG x [12, 1000] mV.
     """
     args = SimpleNamespace(run=Path(run), prep=None, device=torch.device(device))
     fusion = ["fusion"] if (args.run / "classifiers/fusion.pt").is_file() else None
@@ -355,7 +342,8 @@ def load_run(run, models=None, device="cpu"):
             head.networks.append(load_model(folder / "projected.pt", maker, args)[0])
             info = load(folder / "prototypes.json", maker, args)
             ecgs = load(folder / "prototypes.npy.gz", maker)  # uV
-            head.prototypes += [{**q, "x": x / 1000} for q, x in zip(info["prototypes"], ecgs)]
+            pairs = zip(info["prototypes"], ecgs)
+            head.prototypes += [{**q, "x": x / 1000} for q, x in pairs]
             head.descriptions, data = info["descriptions"], info["data"]
             head.mark = "" if data == "PTB-XL v1.0.3" else f"{data}: "
         heads.append(head)
@@ -364,53 +352,57 @@ def load_run(run, models=None, device="cpu"):
 
 @torch.no_grad()
 def similarities(head, x):
-    """x [B, 12, 1000] mV, filtered -> s [B, P], of all branches side by side, Eq. (9)."""
+    """x [B, 12, 1000] mV, filtered -> s [B, P] of all branches side by side, Eq. (9)."""
     x = torch.as_tensor(x, dtype=torch.float32, device=head.networks[0].p.device)
     s = [network.scores(network.latent(x)) for network in head.networks]
     return torch.cat(s, 1).cpu().double().numpy()
 
 
 def evidence(s, A, counts=True):
-    """The mean of s [N, P] over the prototypes of each piece of evidence, which A [P, F] names
-    -> [N, F]; over those that count [N, P] alone, NaN where none does."""
+    """s [N, P] -> its means [N, F] over the prototypes of each piece, which A [P, F] has,
+    that count [N, P]; NaN where none does."""
     counts = np.broadcast_to(counts, s.shape).astype(np.float64)
     with np.errstate(invalid="ignore"):
         return (s * counts) @ A / (counts @ A)
 
 
 def explain(heads, x, patient=None):
-    """What classifiers say of x [12, 1000] mV, filtered, and why: a dict a label, the most probable
-    first. Its `pieces`, the largest first, with their prototypes, the nearest first and none from
-    `patient`, lead from `average`, the logit of the average training record, to `logit`."""
+    """What classifiers say of x [12, 1000] mV, filtered, and why: a dict a label, the most
+    probable first. Its `pieces`, the largest first, lead from `average`, the logit of
+    the average training record, to `logit`; no prototype of `patient` counts."""
     results = []
     for head in heads:
         s = similarities(head, np.array(x)[None])[0]  # [P]
-        counts = np.array([q["patient"] < 0 or q["patient"] != patient for q in head.prototypes])
+        patients = np.array([q["patient"] for q in head.prototypes])
+        counts = (patients < 0) | (patients != patient)
         mean_s = evidence(s[None], head.A, counts)[0]  # [F]
         terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
         nearest = [j for j in np.argsort(-s, kind="stable") if counts[j]]
-        known = [{"model": q["model"], "index": q["index"], "ecg_id": q["ecg_id"],
-                  "similarity": score} for q, score in zip(head.prototypes, s)]
+        keys = "model", "index", "ecg_id"
+        known = [{k: q[k] for k in keys} for q in head.prototypes]
         pieces = []
         for f, code in enumerate(head.pieces):
             like = "like" if mean_s[f] > head.mean[f] else "unlike"
-            pieces.append({"class": code, "claim": f"{like} {code}", "similarity": mean_s[f],
-                           "mean": head.mean[f], "std": head.std[f],
-                           "prototypes": [known[j] for j in nearest if head.A[j, f]]})
+            pieces.append({
+                "class": code, "claim": f"{like} {code}", "similarity": mean_s[f],
+                "mean": head.mean[f], "std": head.std[f], "prototypes": [
+                    {**known[j], "similarity": s[j]} for j in nearest if head.A[j, f]]})
         for c, code in enumerate(head.classes):
             order = np.argsort(-np.abs(terms[c]), kind="stable")
             logit = head.b[c] + terms[c].sum()  # Eq. (10)
             p, threshold = expit([logit, head.thresholds[c]])
+            some = [f for f in order if head.W[c, f] and pieces[f]["prototypes"]]
             results.append({
-                "label": code, "classifier": head.name, "probability": p, "threshold": threshold,
-                "predicted": bool(p >= threshold), "logit": logit, "average": head.b[c],
-                "pieces": [{**pieces[f], "weight": head.W[c, f], "contribution": terms[c, f]}
-                           for f in order if head.W[c, f] and pieces[f]["prototypes"]]})
+                "label": code, "classifier": head.name, "probability": p,
+                "threshold": threshold, "predicted": bool(p >= threshold),
+                "logit": logit, "average": head.b[c], "pieces": [
+                    {**pieces[f], "weight": head.W[c, f], "contribution": terms[c, f]}
+                    for f in some]})
     return sorted(results, key=lambda r: -r["probability"])
 
 
 def predict(heads, x):
-    """x [B, 12, 1000] mV, filtered -> probabilities [B, 71]; NaN for labels not modelled."""
+    """x [B, 12, 1000] mV, filtered -> probabilities [B, 71]; NaN: not modelled."""
     out = np.full((len(x), len(CODES)), np.nan)
     for head in heads:
         X = (evidence(similarities(head, x), head.A) - head.mean) / head.std
@@ -418,38 +410,41 @@ def predict(heads, x):
     return out
 
 
-# ---- Command line: the same flags in every stage that has a use for them
+# ---- Command line: a flag is the same in every stage that has it
 
 FLAGS = {
-    "data": dict(type=Path, help="folder of the PTB-XL records (default data/ptbxl)"),
-    "prep": dict(type=Path, help="folder of the preprocessed arrays (default runs/prep)"),
-    "run": dict(type=Path, help="folder of one recipe, seed and setting (default runs/RECIPE)"),
-    "recipe": dict(choices=list(RECIPES), help="ours (default), or the authors' settings"),
-    "model": dict(nargs="+", choices=list(MODELS), metavar="MODEL",
-                  help=f"some of {', '.join(MODELS)} (default: the branches, or what RUN holds)"),
-    "seed": dict(type=int, default=42, help="seed of everything random (default 42)"),
+    "data": dict(type=Path, help="folder of the records (default data/ptbxl)"),
+    "prep": dict(type=Path, help="folder of the arrays (default runs/prep)"),
+    "run": dict(type=Path, help="folder of a training (default runs/RECIPE)"),
+    "recipe": dict(choices=list(RECIPES), help="ours (default), or the authors'"),
+    "model": dict(
+        nargs="+", choices=list(MODELS), metavar="MODEL",
+        help=f"some of {', '.join(MODELS)} (default: the branches, or all in RUN)"),
+    "seed": dict(type=int, default=42, help="of everything random (default 42)"),
     "device": dict(help="cpu, or cuda (the default if there is one)"),
-    "threads": dict(type=int, help="CPU threads (default: all cores; on a busy machine take 1)"),
-    "demo": dict(action="store_true", help="a small run on synthetic records, in own folders"),
+    "threads": dict(type=int, help="CPU threads (default: all; if busy, take 1)"),
+    "demo": dict(action="store_true", help="small, on synthetic records, in own folders"),
 }
 RUN_FLAGS = "prep", "run", "recipe", "model", "device", "threads", "demo"
 
 
 def argument_parser(doc, *flags):
-    """An ArgumentParser whose --help is the stage's docstring, with some of the shared FLAGS."""
+    """An ArgumentParser with some of FLAGS, whose --help is a stage's docstring."""
     p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s ...")
+        usage="%(prog)s ...", description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in flags:
         p.add_argument(f"--{name}", **FLAGS[name])
     cuda = torch.cuda.is_available()
-    p.set_defaults(recipe="default", threads=None, demo=False, device="cuda" if cuda else "cpu")
+    p.set_defaults(
+        recipe="default", threads=None, demo=False, device="cuda" if cuda else "cpu")
     return p
 
 
 def parse(p):
-    """Parse, fill in the default folders, and set threads and device: every stage's `args`."""
+    """Every stage's `args`: default folders filled in, threads and device set."""
     args = p.parse_args()
-    for stream in (sys.stdout, sys.stderr):  # a console that does not know a letter
+    for stream in (sys.stdout, sys.stderr):  # of consoles that lack a letter
         stream.reconfigure(errors="backslashreplace")
     usual = {"data": "data/ptbxl", "prep": "runs/prep", "run": f"runs/{args.recipe}"}
     if args.demo:
@@ -457,10 +452,10 @@ def parse(p):
         usual = {"data": "data/demo", "prep": "runs/demo-prep", "run": run}
     for k, folder in usual.items():
         setattr(args, k, getattr(args, k, None) or Path(folder))
-    torch.set_flush_denormal(True)  # weights that decay below 1e-38 slow a CPU down
+    torch.set_flush_denormal(True)  # weights below 1e-38 slow a CPU down
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        if libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: keep freed memory,
-            libc.mallopt(-1, 2**31 - 1)  # as to ask for it anew took a fifth of each step
+        if libc.mallopt(-3, 2**25):  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
+            libc.mallopt(-1, 2**31 - 1)  # keep memory; new pages cost a fifth of a step
     if args.threads:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads, user_api="blas")
@@ -471,25 +466,25 @@ def parse(p):
 
 
 def trained_models(run):
-    """The prototype models that a run holds, in the order of MODELS."""
+    """The prototype models of a run, in the order of MODELS."""
     names = [m for m in MODELS if m not in BOXES and (run / m / "joint.pt").is_file()]
-    return names or sys.exit(f"{run} holds no prototype model: run 02_train_joint.py first")
+    return names or sys.exit(f"{run} holds no branch: run 02_train_joint.py first")
 
 
 def run(main):
-    """Call a stage's main(); Ctrl-C and what the system refuses end it with one sentence."""
+    """Call a stage's main(); Ctrl-C and the system's errors end it in one sentence."""
     try:
         main()
     except (KeyboardInterrupt, OSError) as e:
-        sys.exit(str(e) or "\ninterrupted: finished files are whole; give the same command again")
+        sys.exit(str(e) or "\ninterrupted: the same command goes on")
 
 
-# ---- Files: written whole or not at all; each says what it was made from
+# ---- Files: whole or not written; each says what it was made from
 
 def save(path, value):
-    """Write a .npy or .npy.gz array, a .pt or .json value, text or bytes: all of it, at once."""
+    """Write .npy, .npy.gz, .pt, .json, text or bytes: all of it, at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()  # torch would write the temporary name into the file
+    content = io.BytesIO()  # as torch would store the temporary name
     if ".npy" in path.suffixes:
         np.save(content, value, allow_pickle=False)
     elif path.suffix == ".pt":
@@ -507,8 +502,8 @@ def save(path, value):
 
 
 def load(path, maker, args=None):
-    """The value of a file that stage `maker` wrote; exits in one sentence when it is missing or
-    damaged, and, with `args`, when what it was made from in RUN or PREP (if any) has changed."""
+    """The value of a file of stage `maker`; exits when it is missing or damaged and, with
+    `args`, when what it was made from in RUN or PREP has changed."""
     if not path.is_file():
         sys.exit(f"{path} is missing: run {maker} first")
     try:
@@ -522,28 +517,31 @@ def load(path, maker, args=None):
             value = json.loads(path.read_text())
         meta = value["meta"] if path.suffix == ".pt" else value
         assert meta["format"] == FORMAT and isinstance(meta["made_from"], dict)
-    except Exception:  # numpy, torch and json raise many kinds for a damaged file
-        sys.exit(f"{path} is damaged, or not a file of this version: run {maker} again")
+    except Exception:  # of many kinds
+        sys.exit(f"{path} is damaged, or of another version: run {maker} again")
     for name, fingerprint in meta["made_from"].items():
         folder = args and (args.prep if name == "preprocess.json" else args.run)
-        if folder and (not (folder / name).is_file() or file_hash(folder / name) != fingerprint):
-            sys.exit(f"{path} was made from another {folder / name}: delete it, run {maker} again")
+        source = folder and folder / name
+        if source and (not source.is_file() or file_hash(source) != fingerprint):
+            sys.exit(f"{path} was made from another {source}: delete it, run {maker} again")
     return value
 
 
 def provenance(args, *inputs):
-    """Fingerprints of `inputs` [(path, its meta)] and of theirs, the commands so far, versions."""
+    """Hashes of `inputs` [(path, its meta)] and of theirs, all commands, versions."""
     made_from, commands = {}, []
     for path, meta in inputs:
-        name = path.name if path.parent == args.prep else path.relative_to(args.run).as_posix()
+        folder = args.prep if path.parent == args.prep else args.run
+        name = path.relative_to(folder).as_posix()
         made_from.update({**meta["made_from"], name: file_hash(path)})
         commands += meta["commands"]
     own = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     again = own in commands and commands[-1] != own  # 03, in a second round
     commands.append(f"{own}  # again" if again else own)
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return {"format": FORMAT, "made_from": made_from, "commands": list(dict.fromkeys(commands)),
-            "versions": versions}
+    return {
+        "format": FORMAT, "made_from": made_from, "versions": versions,
+        "commands": list(dict.fromkeys(commands))}
 
 
 def file_hash(path):
@@ -553,8 +551,8 @@ def file_hash(path):
 
 
 def load_prep(folder):
-    """The arrays of 01: signals [N, 12, 1000] mV (memory-mapped), labels [N, 71]; folds, ecg_ids,
-    patient_ids [N]; train, val, test, later [N] bool; row_of {ecg_id: row}; info and its path."""
+    """The arrays of 01: signals [N, 12, 1000] mV, memory-mapped; labels [N, 71]; folds,
+    ecg_ids, patient_ids [N]; train, val, test, later [N] bool; row_of {ecg_id: row}."""
     path, maker = folder / "preprocess.json", "01_preprocess.py"
     info = load(path, maker)
     prep = SimpleNamespace(info=info, path=path)
@@ -571,7 +569,7 @@ def load_prep(folder):
 
 
 def load_model(path, maker, args):
-    """(model in evaluation mode on args.device, its meta) of a joint.pt or projected.pt."""
+    """(model in evaluation mode, its meta) of a joint.pt or projected.pt."""
     saved = load(path, maker, args)
     model = build(saved["meta"])
     model.load_state_dict(saved["state"])
@@ -579,7 +577,7 @@ def load_model(path, maker, args):
 
 
 def build(meta):
-    """An untrained model of the architecture that `meta` describes (see 02_train_joint.py)."""
+    """An untrained model as `meta` (of 02's describe) has it."""
     cfg, kind = Config(**meta["config"]), MODELS[meta["model"]][0]
     if kind == "blackbox":
         return BlackBox(meta["classes"], cfg)
@@ -588,13 +586,13 @@ def build(meta):
 
 @torch.no_grad()
 def batched(f, prep, rows, device, what=None, batch=256):
-    """f(x) over prep.signals[rows] in full batches, so that no result depends on how many rows
-    there are; f gives [B, ...] tensors, which are concatenated on the CPU."""
+    """f(x) [B, ...] over prep.signals[rows], on the CPU; in full batches, so that no
+    result depends on how many rows there are."""
     out, x = [], torch.zeros(batch, len(LEADS), SAMPLES)
-    for i in tqdm(range(0, len(rows), batch), what, leave=False, disable=None if what else True):
+    for i in tqdm(range(0, len(rows), batch), what, leave=False, disable=None):
         part = rows[i:i + batch]
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
         if not out[-1].isfinite().all():
-            sys.exit("the network gives no number: run 02_train_joint.py again with a lower lr")
+            sys.exit("the network gives no number: run 02_train_joint.py with a lower lr")
     return torch.cat(out)

@@ -96,11 +96,9 @@ def save_prep(folder, arrays):
         "codes": common.CODES, "descriptions": {c: f"about {c}" for c in common.CODES},
         "sizes": {"train": int(train.sum()), "validation": int((folds == 9).sum()),
                   "test": int((folds == 10).sum())},
-        "training_positives": dict(zip(common.CODES, labels[train].sum(0).tolist())),
         "without_training_record": [
             c for c, k in zip(common.CODES, labels[train].sum(0)) if k == 0],
-        "data": "PTB-XL v1.0.3", "filter": "none", "skipped": [],
-        "flat_leads": [], "saturated": [], "tables": {},
+        "data": "PTB-XL v1.0.3", "skipped": [],
         "scaler": {"mean": x.mean((0, 2)).tolist(), "std": x.std((0, 2)).tolist()},
         "jaccard": stage("01_preprocess").jaccard(labels[train]).tolist(),
         "sha256": {name: common.file_hash(folder / f"{name}.npy") for name in arrays}})

@@ -191,7 +191,7 @@ def measure_branch(head, s, y, jaccard):
 
 def main():
     p = common.argument_parser(__doc__, "prep", "run", "demo")
-    p.add_argument("--save", metavar="NAME", help="of a run that 05_evaluate.py --save NAME kept")
+    p.add_argument("--save", metavar="NAME", help="of a run that tables.py --keep RUN NAME kept")
     args = common.parse(p)
     prep, rng, found, parts = common.load_prep(args.prep), np.random.default_rng(42), {}, {}
     test, jaccard = np.flatnonzero(prep.test), np.array(prep.info["jaccard"])

@@ -1,7 +1,8 @@
-"""Writes tests/results/README.md: all tables, from what `05_evaluate.py --save NAME` kept.
+"""Writes tests/results/README.md: all tables, from the files NAME.json beside it.
 
-    python tests/tables.py            write the page
-    python tests/tables.py --glance   print the table of the project's README
+    python tests/tables.py                   write the page
+    python tests/tables.py --keep RUN NAME   write what 05_evaluate.py measured of RUN as NAME.json
+    python tests/tables.py --glance          print the table of the project's README
 """
 import importlib
 import itertools
@@ -267,9 +268,20 @@ def page():
         *pieces_section(), "## Course: the rhythm branch", course_table(load_runs())]) + "\n"
 
 
+def keep(run, name):
+    """Write RUN/metrics.json without its classes as tests/results/NAME.json, beside what
+    faithfulness.py wrote there."""
+    path, m = RESULTS / f"{name}.json", json.loads((Path(run) / "metrics.json").read_text())
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    measured = {k: old[k] for k in ("interpretability",) if k in old}
+    common.save(path, {**{k: v for k, v in m.items() if k != "per_class"}, **measured})
+
+
 def main():
     if "--glance" in sys.argv:
         return print(glance(load_runs()))
+    if "--keep" in sys.argv:
+        return keep(*sys.argv[-2:])
     common.save(RESULTS / "README.md", page())
     print(f"{RESULTS / 'README.md'} written")
 

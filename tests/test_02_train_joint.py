@@ -329,7 +329,7 @@ def test_every_prototype_model_in_both_recipes(tiny_prep, train, monkeypatch, mo
     prep = tiny_prep()
     judge(monkeypatch, itertools.count())
     found = train("--recipe", recipe, model=model, epochs=1, start="random", ema=0)
-    learned = {c for c, n in prep.info["training_positives"].items() if n}
+    learned = set(common.CODES) - set(prep.info["without_training_record"])
     group = common.GROUPS[common.MODELS[model][1]]
     assert found.net.classes == [c for c in group if c in learned]
     assert sorted(found.meta["made_from"]) == ["preprocess.json"]
@@ -338,7 +338,7 @@ def test_every_prototype_model_in_both_recipes(tiny_prep, train, monkeypatch, mo
         assert torch.equal(W.weight, torch.where(own, 1.0, -0.5))
     else:  # one weight for a class
         start = 10 * torch.eye(len(own))
-        n = [prep.info["training_positives"][c] for c in found.net.classes]
+        n = prep.labels[prep.train][:, common.columns(found.net.classes)].sum(0)
         prior = torch.logit(torch.tensor(n) / 48)  # of labels, for the average record
         torch.testing.assert_close(W.bias, prior, atol=0.1, rtol=0)
         change = (W.weight - start).abs()
@@ -383,7 +383,7 @@ def test_settings_reach_the_model(tiny_prep, train):
 
 
 @pytest.mark.parametrize("text", """epochs epoch=3 epochs=x epochs=1.5 augment=1 per_class=1,2
-    head=x lr=0 width=20 batch=0 seed=3 recipe=paper add_on=x tie=x""".split())
+    head=x top_k=0 width=20 batch=0 seed=3 recipe=paper add_on=x tie=x""".split())
 def test_wrong_settings_are_refused_by_name(tmp_path, monkeypatch, capsys, text):
     with pytest.raises(SystemExit) as e:
         run_stage(monkeypatch, "02_train_joint", "--run", tmp_path / "run", "--set", text)

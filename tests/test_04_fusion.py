@@ -279,7 +279,7 @@ def test_a_classifier_is_w_x_plus_b_and_optimal(whole):
         Y = y[prep.train].astype(float)
         lambda_ = fusion.lambda_of(head.strength or np.inf, Y, "default")
         check_optimal(X[prep.train], Y, off, lambda_, head.W, head.b, within=1e-4)
-    trained = {c for c, n in prep.info["training_positives"].items() if n}
+    trained = set(common.CODES) - set(prep.info["without_training_record"])
     assert classifier(run, "fusion")["meta"]["classes"] == [c for c in common.CODES if c in trained]
 
 

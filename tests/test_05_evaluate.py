@@ -2,6 +2,7 @@
 that say what is so; tests/tables.py."""
 import html.parser
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -304,7 +305,7 @@ def test_a_rhythm_run_is_about_rhythm_alone(made, monkeypatch, tmp_path):
     m = evaluate(monkeypatch, prep, tmp_path / "run")
     assert list(m["predictions"]) == ["rhythm"] and list(m["shown"]) == ["rhythm"]
     text = (tmp_path / "run/results.md").read_text()
-    assert "morphology" not in text and "rhythm (16)" in text
+    assert "morphology" not in text and "| prediction | rhythm " in text
 
 
 def test_only_the_models_asked_for(made, monkeypatch):
@@ -338,14 +339,16 @@ def test_against_a_run_without_contrastive_loss_fills_its_column(
     evaluate(monkeypatch, prep, run)
 
 
-def test_save_keeps_what_tables_reads(made, monkeypatch, tmp_path):
+def test_tables_keep_a_run_and_what_was_measured_of_it(made, monkeypatch, tmp_path):
     prep, run, m = made
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "05_evaluate.py"))
-    evaluate(monkeypatch, prep, run, "--save", "mine")
-    saved = json.loads((tmp_path / "tests/results/mine.json").read_text())
-    assert saved["predictions"] == m["predictions"] and "per_class" not in saved
     tables = stage("tables")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "tests/results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--keep", str(run), "mine"])
+    common.save(tmp_path / "mine.json", {"interpretability": {}, "predictions": "old"})
+    tables.main()
+    saved = json.loads((tmp_path / "mine.json").read_text())
+    assert saved["predictions"] == m["predictions"] and "per_class" not in saved
+    assert saved["interpretability"] == {}
     page = tables.page()
     assert "Default recipe, width 16 (latent_dim 16, per_class [2, 3, 2])" in page
     assert module.cell(m["predictions"]["fusion"]["auroc"]) in page
@@ -425,11 +428,11 @@ def test_results_html_in_a_browser(made, browser, width):
 # ---- Table 3
 
 def ratings(path, reviewer, scores, made="m"):
-    each = {}
+    each = {}  # as a form has it: what is not rated is missing
     for j, (r, c, mark) in enumerate(scores):
-        each[f"rhythm/{j}"] = {"class": "SR", "representativeness": r, "clarity": c, "mark": mark,
-                               "comment": ""}
-    value = {"format": 1, "kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
+        rated = {k: str(v) for k, v in (("representativeness", r), ("clarity", c)) if v}
+        each[f"rhythm/{j}"] = {"class": "SR", **rated, "mark": mark or "", "comment": ""}
+    value = {"format": 2, "kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
              "made": [made], "ratings": each}
     path.write_text(json.dumps(value))
     return path

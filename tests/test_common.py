@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import common
-from common import CODES, GROUPS, PAPER, Config
+from common import CODES, GROUPS, RECIPES, Config
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -50,7 +50,7 @@ def test_paper_recipe_has_the_authors_numbers():
         patience=10, start="imagenet", pool="mean", class_weights=True, augment=False, width=64,
         unique=False, ema=0.0, own_patient=True, tie="none", latent_dim=0,
         auxiliary=0.0, head_start=(1.0, -0.5))
-    assert {k: getattr(PAPER, k) for k in expected} == expected
+    assert {k: getattr(RECIPES["paper"], k) for k in expected} == expected
 
 
 @pytest.mark.parametrize("recipe", common.RECIPES)
@@ -232,7 +232,7 @@ LARGE = common.Config(lambda_clst=0.5, lambda_sep=0.1, lambda_div=7.0, lambda_cn
 def test_loss_equals_the_double_loop(name, paper):
     *tensors, p_class, J = loss_case(name)
     w = torch.linspace(0.5, 30, len(J), dtype=torch.float64) if paper else None
-    cfg = PAPER if paper else LARGE
+    cfg = RECIPES["paper"] if paper else LARGE
     fast = train.composite_loss(*tensors, p_class, J, cfg, w)
     slow = slow_loss(*tensors, p_class.tolist(), J, cfg, w)
     assert list(fast) == list(slow)
@@ -484,7 +484,7 @@ print({p["num_threads"] for p in threadpoolctl.threadpool_info() if p["user_api"
 
 
 @pytest.mark.parametrize("error, says", [
-    (KeyboardInterrupt(), "give the same command again"),
+    (KeyboardInterrupt(), "the same command goes on"),
     (OSError(28, "No space left on device", "joint.pt"), "No space left on device: 'joint.pt'")])
 def test_run_ends_in_one_sentence(error, says):
     def main():

@@ -264,7 +264,7 @@ def test_spoiled_input_gives_one_sentence(refused, tmp_path, command, file, how)
     elif how != "missing":
         path.write_bytes(content[:len(content) // 2] if how == "truncated" else b"foreign")
     message = refused(*command.split())
-    assert re.search(r"run 0\d_\w+\.py|train again with a lower lr", message), message
+    assert re.search(r"run 0\d_\w+\.py|train with a lower lr", message), message
 
 
 # ---- Leakage
@@ -272,7 +272,7 @@ def test_spoiled_input_gives_one_sentence(refused, tmp_path, command, file, how)
 def fitted(folder):
     """All that 01 to 04 learned, as a list of values."""
     prep = common.load_prep(folder / "prep")
-    found = [prep.info[k] for k in ("scaler", "jaccard", "training_positives")]
+    found = [prep.info[k] for k in ("scaler", "jaccard", "without_training_record")]
     for path in sorted((folder / "run").rglob("*.pt")):
         saved = torch.load(path, weights_only=True)
         if "logits" in saved:  # of folds 9 and 10
