@@ -34,6 +34,7 @@ STRENGTHS = {  # of L1, from strong to weak
     "paper": [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 3e-4, 2e-4, 1e-4],
 }
 WITHIN, RESAMPLES = 0.002, 20  # of the best AUROC, a mean over resamples
+SHORT = 0.005  # the same of our fusion, so that its explanations are short
 L2 = 1e-4  # without it some classes have no optimum
 TOLERANCE = 1e-5  # on the optimality conditions
 ROUNDS, ENTERING = 200, 64  # Newton's; weights that may join
@@ -123,7 +124,7 @@ def minimise(H, r, l1, v):
     return v / d
 
 
-def fit_path(X, Y, off, prep, recipe, strengths, W=None, b=None):
+def fit_path(X, Y, off, prep, recipe, strengths, within, W=None, b=None):
     """Eq. (10) with each strength -> W, b, the strength chosen, the path."""
     X_train, Y_train, Y_val = X[prep.train], Y[prep.train], Y[prep.val]
     draws = np.random.default_rng(0).integers(len(Y_val), size=(RESAMPLES, len(Y_val)))
@@ -137,7 +138,7 @@ def fit_path(X, Y, off, prep, recipe, strengths, W=None, b=None):
         path.append({"strength": strength, "val_auroc": float(np.nan_to_num(auroc)),
                      "violation": violation, "nonzero": int((W != 0).sum())})
     aurocs = np.array([row["val_auroc"] for row in path])
-    chosen = np.argmax(aurocs >= aurocs.max() - WITHIN)  # the strongest
+    chosen = np.argmax(aurocs >= aurocs.max() - within)  # the strongest
     return *fits[chosen], strengths[chosen], path
 
 
@@ -147,8 +148,7 @@ def standardise(scores, A, prep, p_patient):
     """scores [N, P], A [P, F] -> X [N, F], mean and std of folds 1-8; what a prototype
     scores on records of its own patient is left out."""
     s = common.evidence(scores, A, prep.patient_ids[:, None] != p_patient)
-    mean, std = np.nanmean(s[prep.train], 0), np.nanstd(s[prep.train], 0)
-    std = std.clip(1e-6)
+    mean, std = np.nanmean(s[prep.train], 0), np.nanstd(s[prep.train], 0).clip(1e-6)
     return np.nan_to_num((s - mean) / std), mean, std
 
 
@@ -197,12 +197,13 @@ def fit_classifier(args, prep, name, branches, own_only=False):
     off = np.array(pieces) != np.array(classes)[:, None]  # [C, F]
     Y = prep.labels[:, columns(classes)].astype(float)
     strengths, W, b = STRENGTHS[cfg.recipe], None, None
+    within = SHORT if cfg.recipe == "default" and len(branches) > 1 else WITHIN
     if own_only:
         strengths = [np.inf]  # no other weight can pay that
     for which in ("", "-unprojected"):
         s = [branch.before if which else branch.scores for branch in branches]
         X, mean, std = standardise(np.concatenate(s, 1), A, prep, p_patient)  # Eq. (9)
-        W, b, strength, path = fit_path(X, Y, off, prep, cfg.recipe, strengths, W, b)
+        W, b, strength, path = fit_path(X, Y, off, prep, cfg.recipe, strengths, within, W, b)
         strengths = [strength]
         save_classifier(
             args, prep, name + which, X[prep.later] @ W.T + b, classes,
@@ -253,7 +254,6 @@ def main():
     names = args.model or [m for m in MODELS if (args.run / m / "joint.pt").is_file()]
     if not names:
         sys.exit(f"{args.run} holds no trained model: run 02_train_joint.py first")
-
     later, branches = np.flatnonzero(prep.later), {}
     for name in [n for n in names if n in BOXES]:
         path = args.run / name / "joint.pt"

@@ -179,10 +179,11 @@ def test_standardise_uses_training_folds_and_forgets_own_patients(tied):
     assert (X[:, :-1] == 0).sum() == (5 if tied else 9)  # where no match counts: the mean
 
 
-def path_of(scores, prep, y, recipe="default"):
+def path_of(scores, prep, y, recipe="default", within=fusion.WITHIN):
     X, *_ = fusion.standardise(scores, np.eye(8), prep, np.zeros(8, int))
     off = np.arange(8) % 3 != np.arange(3)[:, None]
-    return fusion.fit_path(X, y.astype(float), off, prep, recipe, fusion.STRENGTHS[recipe])
+    strengths = fusion.STRENGTHS[recipe]
+    return fusion.fit_path(X, y.astype(float), off, prep, recipe, strengths, within)
 
 
 @pytest.mark.parametrize("garbage", [1e6, np.nan, -np.inf])
@@ -276,6 +277,11 @@ def test_a_classifier_is_w_x_plus_b_and_optimal(whole):
         np.testing.assert_allclose(X[prep.train].mean(0), 0, atol=1e-3)
         assert (head.strength is None) == (head.name == "fusion-own")
         assert head.strength or (head.W[off] == 0).all()
+        if head.strength:  # of our fusion a stronger one, for short explanations
+            within = fusion.SHORT if head.name == "fusion" else fusion.WITHIN
+            best = max(row["val_auroc"] for row in head.path)
+            fine = [row for row in head.path if row["val_auroc"] >= best - within]
+            assert head.strength == max(row["strength"] for row in fine)
         Y = y[prep.train].astype(float)
         lambda_ = fusion.lambda_of(head.strength or np.inf, Y, "default")
         check_optimal(X[prep.train], Y, off, lambda_, head.W, head.b, within=1e-4)
