@@ -4,11 +4,11 @@ reads   DATA/ptbxl_database.csv, scp_statements.csv, records100/
 writes  PREP/signals.npy float32 [N, 12, 1000] mV, high-pass filtered;
         labels [N, 71]; folds, ecg_ids, patient_ids [N]; preprocess.json
 
-    python 01_preprocess.py                   all records
-    python 01_preprocess.py --records 3000    the first
+    python 01_preprocess.py                  all records
+    python 01_preprocess.py --records 3000   the first
 
 Takes half a minute. Last line:
-`runs/prep: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
+`PREP: 21,799 records, PTB-XL v1.0.3: [17418, 2183, 2198]`.
 """
 import sys
 from itertools import islice
@@ -30,18 +30,18 @@ CSV = {"encoding": "utf-8-sig", "dtype": str, "engine": "python"}
 
 
 def read_tables(data, first):
-    """The first records by ecg_id and {label: description}."""
-    described = dict(pd.read_csv(data / TABLES[1], usecols=[0, 1], **CSV).to_numpy())
+    """The first records by ecg_id, {label: description}."""
+    described = dict(pd.read_csv(data / TABLES[1], usecols=[0, 1], **CSV).values)
     if list(described) != CODES:
         raise ValueError(f"{TABLES[1]} does not list the 71 labels of PTB-XL")
     table = pd.read_csv(data / TABLES[0], usecols=COLUMNS, **CSV).fillna("")
     numbers = table[NUMBERS].apply(pd.to_numeric, errors="coerce")
-    ecg_id, patient, fold = (numbers[name] for name in NUMBERS)
+    ecg_id, patient, fold = (numbers[n] for n in NUMBERS)
     names = [f"records100/{i // 1000:02.0f}000/{i:05.0f}_lr" for i in ecg_id]
     name, codes = table["filename_lr"], table["scp_codes"].str
     checks = {
         "a number is not whole": (numbers % 1 == 0).all(axis=1),
-        "strat_fold is not one of 1-10": fold.between(1, 10),
+        "strat_fold is not 1-10": fold.between(1, 10),
         "its patient is in two folds": fold.groupby(patient).transform("nunique") == 1,
         "filename_lr is not its own": (name == names) & ~ecg_id.duplicated(),
         "scp_codes is no dictionary": codes.fullmatch(r"\{('[^']+': [0-9.]+,? ?)*\}"),
@@ -49,27 +49,27 @@ def read_tables(data, first):
     for what, right in checks.items():
         for row in np.flatnonzero(~right):
             raise ValueError(f"line {row + 2} of {TABLES[0]}: {what}")
-    table[["ecg_ids", "patient_ids", "folds"]] = numbers.astype(np.int64)
+    table[["ecg_ids", "patient_ids", "folds"]] = numbers.astype(int)
     return table.sort_values("ecg_ids")[:first], described
 
 
 def read_record(path):
     """The samples of a record, int16 [12, 1000] uV."""
     header = path.with_suffix(".hea").read_text(errors="replace")
-    words = [line.split() for line in header.splitlines()]
+    words = [s.split() for s in header.splitlines()]
     signal = [f"{path.name}.dat", "16", "1000.0(0)/mV", "16", "0", "0"]
     right = [[path.name, "12", "100", "1000"], *([*signal, s] for s in LEADS)]
     if [w[:5] + w[7:] for w in words] != right:
-        raise ValueError("its header is not that of a 100 Hz record of PTB-XL")
+        raise ValueError("its header is not of a 100 Hz record of PTB-XL")
     x = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(1000, 12).T
-    sums = x.sum(1, dtype=np.int64) - [int(w[6]) for w in words[1:]]
+    sums = x.sum(1, dtype=int) - [int(w[6]) for w in words[1:]]
     if (sums % 2**16).any() or (x == -2**15).any():
         raise ValueError("a checksum is wrong, or samples are missing")
     return x
 
 
 def usable(args, table, skipped):
-    """Yield (fold, samples) of records; with --skip-bad others join `skipped`."""
+    """Yield (fold, samples) of records; bad ones join `skipped`, if --skip-bad."""
     for row in tqdm(table.itertuples(), "reading", len(table)):
         path = args.data / row.filename_lr
         try:
@@ -81,7 +81,7 @@ def usable(args, table, skipped):
 
 
 def write_signals(path, records):
-    """Filter `records` (fold, samples) into a .npy [N, 12, 1000] mV -> their scaler."""
+    """Filter `records` (fold, samples) into a .npy [N, 12, 1000] mV -> scaler."""
     scaler = StandardScaler()
     with open(path, "wb") as f:
         f.seek(128)  # the header comes last
@@ -90,8 +90,8 @@ def write_signals(path, records):
             parts = np.array_split(uV / 1000, 8)  # they fit a cache
             x = np.concatenate([*map(common.highpass, parts)])
             f.write(x.astype("<f4").tobytes())  # [n, 12, 1000] mV
-            if (folds <= 8).any():
-                train = x[folds <= 8].transpose(0, 2, 1)
+            train = x[folds <= 8].transpose(0, 2, 1)
+            if len(train):
                 scaler.partial_fit(train.reshape(-1, 12))
         shape = (f.tell() - 128) // 48_000, 12, 1000
         f.seek(0)
@@ -102,7 +102,7 @@ def write_signals(path, records):
 
 def jaccard(labels):
     """labels [N, C] -> [C, C]: records with both over records with either."""
-    y = labels.astype(np.float64)
+    y = labels.astype(float)
     both = y.T @ y
     either = y.sum(0)[:, None] + y.sum(0) - both
     return np.where(np.eye(len(both)), 1.0, both / np.maximum(either, 1))
@@ -110,7 +110,7 @@ def jaccard(labels):
 
 def main():
     p = common.argument_parser(__doc__, "data", "prep", "threads", "demo")
-    p.add_argument("--records", type=int, metavar="N", help="only the first N")
+    p.add_argument("--records", type=int, metavar="N", help="the first N")
     p.add_argument("--skip-bad", action="store_true", help="leave them out")
     args = common.parse(p)
     try:
@@ -130,18 +130,18 @@ def main():
     arrays = {"labels": np.uint8(labels), **table[["folds", "ecg_ids", "patient_ids"]]}
     for name, array in arrays.items():
         common.save(args.prep / f"{name}.npy", array)
-    hashes = tuple(file_hash(args.data / name) for name in TABLES)
+    hashes = tuple(file_hash(args.data / t) for t in TABLES)
     other = b"SYNTHETIC" in (args.data / TABLES[0]).read_bytes()
     data = "PTB-XL v1.0.3" if hashes == HASHES else OTHER[other]
     train = arrays["labels"][table["folds"] <= 8]
-    common.save(args.prep / "preprocess.json", {
-        **common.provenance(args), "records": len(table), "skipped": skipped,
-        "sizes": dict(zip(["train", "validation", "test"], sizes)),
-        "data": data, "codes": CODES, "descriptions": described,
-        "without_training_record": [c for c, n in zip(CODES, train.sum(0)) if not n],
-        "scaler": {"mean": scaler.mean_.tolist(), "std": scaler.scale_.tolist()},
-        "jaccard": jaccard(train).round(6).tolist(),
-        "sha256": {k: file_hash(args.prep / f"{k}.npy") for k in ("signals", *arrays)}})
+    common.save(args.prep / "preprocess.json", dict(
+        common.provenance(args), records=len(table), skipped=skipped,
+        sizes=dict(zip(["train", "validation", "test"], sizes)),
+        data=data, codes=CODES, descriptions=described,
+        without_training_record=[c for c, n in zip(CODES, train.sum(0)) if not n],
+        scaler=dict(mean=scaler.mean_.tolist(), std=scaler.scale_.tolist()),
+        jaccard=jaccard(train).round(6).tolist(),
+        sha256={k: file_hash(args.prep / f"{k}.npy") for k in ("signals", *arrays)}))
     print(f"{args.prep}: {len(table):,} records, {data}: {sizes}")
 
 

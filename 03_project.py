@@ -1,15 +1,15 @@
 """Script 03, projection (paper 3.5, Stage 2, Eq. 8): prototypes become patches of ECGs.
 
-Each takes the most similar window of all training records with its label; in our recipe
-prototypes of a class keep apart. Gap: the mean of 1 - cosine of prototype and patch.
+Each takes the most similar window of training records with its label; in our recipe
+those of a class keep apart. Gap: mean of 1 - cosine of prototype and patch.
 
-reads   PREP/*.npy, preprocess.json, RUN/MODEL/joint.pt
-writes  RUN/MODEL/projected.pt; prototypes.json, .npy.gz: their sources, and ECGs
+reads   PREP, RUN/MODEL/joint.pt
+writes  RUN/MODEL/projected.pt; prototypes.json, .npy.gz: sources, ECGs
 
-    python 03_project.py                   every prototype model of the run
-    python 03_project.py --model rhythm    one of them
+    python 03_project.py                  all prototype models
+    python 03_project.py --model rhythm   one of them
 
-Takes a minute. Last line: `runs/default: projected rhythm, morphology, global`.
+Takes a minute. Last line: `RUN: projected rhythm, morphology, global`.
 """
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from common import BOXES, CODES
 
 
 def project(z, carries, p, p_class, unique=False):
-    """Eq. (8): each prototype takes the most similar window of records of its class.
+    """Eq. (8): a prototype takes the most similar window of records of its class.
 
     z [N, D, L], carries [N, C] bool, p [P, D, T], p_class [P] -> projected p,
-    [(row, window, cosine)]. Ties go to the first row, then to the first window.
-    With `unique` those of a class lie apart, if they can: the best match is first.
+    [(row, window, cosine)]. Ties of rounded cosines go to the first row, window.
+    With `unique` those of a class lie apart, if they can, the best match first.
     """
     projected, found = p.clone(), [None] * len(p)
     for c in p_class.unique().tolist():
@@ -36,7 +36,7 @@ def project(z, carries, p, p_class, unique=False):
         free = S.copy()
         for i in np.argsort(-S.max((1, 2)), kind="stable"):
             n, window = np.unravel_index(free[i].argmax(), free[i].shape)
-            if unique:  # two latent steps around are taken
+            if unique:  # 2 steps around: below all free
                 free[:, n, max(0, window - 2):window + 3] -= 4
             j, row = own[i], members[n]
             projected[j] = z[row, :, window:window + p.shape[2]]  # Eq. (8)
@@ -58,7 +58,7 @@ def main():
         carries = prep.labels[rows][:, common.columns(model.classes)] > 0
         p_joint = model.p.data
         model.p.data, found = project(z, carries, p_joint, model.p_class, cfg["unique"])
-        source = [rows[row] for row, _, _ in found]
+        source = [rows[n] for n, _, _ in found]
         if not cfg["own_patient"]:
             model.p_patient.copy_(torch.from_numpy(prep.patient_ids[source]))
         prototypes = []
@@ -75,14 +75,14 @@ def main():
         uV = (1000 * prep.signals[source]).round().clip(-32768, 32767)
         common.save(path.with_name("prototypes.npy.gz"), uV.astype(np.int16))
         path, meta = path.with_name("projected.pt"), {**meta, **made}
-        state = {"p_joint": p_joint, "state": model.state_dict()}
-        common.save(path, {"meta": meta, **state})
+        common.save(path, dict(meta=meta, p_joint=p_joint, state=model.state_dict()))
         info = {k: prep.info[k] for k in ("descriptions", "data")}
-        common.save(path.with_name("prototypes.json"), {
-            **common.provenance(args, (path, meta)), **info,
-            "gap": gap, "distinct": distinct, "prototypes": prototypes})
-        print(f"{name:12s} {len(found)} prototypes  gap {gap:.3f}  {distinct} "
-              f"distinct windows of {len(set(source))} records", flush=True)
+        info.update(gap=gap, distinct=distinct, prototypes=prototypes)
+        common.save(
+            path.with_name("prototypes.json"),
+            {**common.provenance(args, (path, meta)), **info})
+        print(f"{name:12s} {len(found)} prototypes  gap {gap:.3f}  {distinct} windows "
+              f"of {len(set(source))} records")
     print(f"{args.run}: projected {', '.join(names)}")
 
 

@@ -1,12 +1,12 @@
 """Script 05, evaluation (paper 4.1-4.3): macro-AUROC on fold 10, Tables 1 and 2.
 
-reads   PREP/*.npy, preprocess.json; RUN/MODEL/prototypes.json, log.jsonl;
+reads   PREP; RUN/MODEL/prototypes.json, log.jsonl;
         RUN/classifiers/*.pt, cases/*
 writes  RUN/metrics.json, results.md, results.html, figures/*.png
 
-    python 05_evaluate.py                        all predictions of the run
-    python 05_evaluate.py --against runs/plain   and how it compares to a run
-    python 05_evaluate.py --ratings A.json B.json    only Table 3, from 06's page
+    python 05_evaluate.py                  all predictions
+    python 05_evaluate.py --against RUN2   and compared to a run
+    python 05_evaluate.py --ratings A.json B.json    Table 3, from 06's page
 
 Takes seconds. Last line: `RUN: fusion .9321 [.9250, .9390] over 71 classes -> RUN/...`.
 """
@@ -31,10 +31,10 @@ from tqdm import tqdm
 import common
 from common import BRANCHES, CODES, GROUPS, MODELS, columns
 
-warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN: no such class
+warnings.simplefilter("ignore", RuntimeWarning)  # NaN: no such class
 DRAWS, SEED = 1000, 42  # of the bootstrap
 BATCH = 32  # the authors'
-RARE = 10  # with fewer positives a bootstrap moves too little
+RARE = 10  # positives: with fewer a bootstrap moves little
 STEPS = "-joint", "-projected", "-unprojected"
 PAPER = [  # setting, prediction, without and with contrastive loss, black box
     ("rhythm branch, 16 labels", "rhythm", .8730, .8758, "blackbox-rhythm", None),
@@ -47,7 +47,7 @@ PAPER = [  # setting, prediction, without and with contrastive loss, black box
     ("fusion classifier, 71", "fusion", .9010, .9248, None, None),
 ]
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-TERMS = {"bce": BLUE, "clst": ORANGE, "sep": GREEN, "div": PINK, "cntrst": "black"}
+TERMS = dict(bce=BLUE, clst=ORANGE, sep=GREEN, div=PINK, cntrst="black")
 PAIRS = {  # differences, first - second
     "Do three branches beat one? (4.1)": [
         ("fusion", m) for m in ("all-1d", "all-partial", "all-global")],
@@ -66,7 +66,7 @@ PAIRS = {  # differences, first - second
 # ---- Numbers. AUROCs are [1 + draws, 71], the first of the test set
 
 def patient_weights(patient_ids, draws, seed):
-    """How often a record counts, [N, 1 + draws]: once, then as its patient is drawn."""
+    """Counts of records, [N, 1 + draws]: once, then as patients are drawn."""
     _, patient = np.unique(patient_ids, return_inverse=True)
     rng, n = np.random.default_rng(seed), patient.max() + 1
     counts = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)]
@@ -74,7 +74,7 @@ def patient_weights(patient_ids, draws, seed):
 
 
 def weighted_auroc(y, score, weights):
-    """AUROC of one class in every draw: y, score [N], weights [N, D] -> [D]."""
+    """AUROC of a class in each draw: y, score [N], weights [N, D] -> [D]."""
     positive, negative = weights[y > 0], weights[y == 0]
     order = np.sign(score[y > 0, None] - score[y == 0])  # Mann-Whitney; ties are 0
     right = (positive * (order @ negative)).sum(0, dtype=float)
@@ -83,11 +83,11 @@ def weighted_auroc(y, score, weights):
 
 
 def redraw_rare(aurocs, y, score):
-    """Draw the AUROCs [1 + D, 71] of rare labels anew, in place: y, score [N, 71].
+    """Draw AUROCs [1 + D, 71] of rare labels anew, in place: y, score [N, 71].
 
     A draw moves such a label by the mean of as many deviations of positives, from all
-    labels of its branch; the same for all predictions. The coverage of such intervals is
-    simulated in tests/test_05_evaluate.py.
+    labels of its branch; the same for all predictions. Their coverage is simulated in
+    tests/test_05_evaluate.py.
     """
     positives, draws = y.sum(0), len(aurocs) - 1
     for branch in BRANCHES:
@@ -96,7 +96,7 @@ def redraw_rare(aurocs, y, score):
         for c in own:
             n, s = positives[c], score[:, c]
             order = np.sign(s[y[:, c] > 0, None] - s[y[:, c] == 0])
-            alone = 0.5 + 0.5 * order.mean(1)  # the AUROC of each positive by itself
+            alone = 0.5 + 0.5 * order.mean(1)  # AUROC of a positive by itself
             deviations.append((alone - aurocs[0, c]) * (n / max(n - 1, 1)) ** 0.5)
             chances.append(np.full(n, (n > 1) / n))  # each label is as likely
         deviations, chances = map(np.concatenate, (deviations, chances))
@@ -114,8 +114,8 @@ def rounded(v):
 
 
 def macro(aurocs, codes, lowest=0):
-    """[mean over `codes`, ends of its 95 % interval, classes, codes]; `lowest` is -1 for
-    differences."""
+    """[mean over `codes`, ends of its 95 % interval, how many have one, codes];
+    `lowest`: -1 for differences."""
     x = aurocs[:, columns(codes)]
     value, *draws = np.nanmean(x, 1)
     ends = np.nanpercentile(draws, [2.5, 97.5]).clip(lowest, 1)
@@ -123,7 +123,7 @@ def macro(aurocs, codes, lowest=0):
 
 
 def numbers_of(p, aurocs, prep, frequent):
-    """Numbers of a prediction, and {code: [AUROC, ends, AUPRC, F1, threshold]}."""
+    """Its numbers, and {code: [AUROC, ends, AUPRC, F1, threshold]}."""
     labels, own = prep.labels[prep.test], columns(p.classes)
     per_class, each = {}, []
     for c, y, s, t in zip(p.classes, labels.T[own], p.test.T[own], p.thresholds):
@@ -148,10 +148,10 @@ def numbers_of(p, aurocs, prep, frequent):
 
 
 def load_predictions(run, prep, args):
-    """{name: what 04 saved, with logits val and test [., 71]}, final ones first."""
+    """{name: what 04 saved, with logits val, test [., 71]}, final ones first."""
     place = SimpleNamespace(run=run, prep=args.prep)
     test, found = prep.test[prep.later], {}
-    for path in sorted((run / "classifiers").glob("*.pt")):
+    for path in sorted(run.glob("classifiers/*.pt")):
         if not args.model or path.stem.startswith(tuple(args.model)):
             saved = common.load(path, "04_fusion.py", place)
             p = found[path.stem] = SimpleNamespace(**saved["meta"], file=path)
@@ -161,26 +161,26 @@ def load_predictions(run, prep, args):
     if all(name.endswith(STEPS) for name in found):
         sys.exit(f"{run} has no such predictions: run 04_fusion.py first")
     order = ["fusion", "fusion-own", "macro", *MODELS, "blackbox-macro", *found]
-    return {name: found[name] for name in sorted(found, key=order.index)}
+    return {n: found[n] for n in sorted(found, key=order.index)}
 
 
 def cost_of(name, p, aurocs, args):
-    """AUROC of each step, and how much there is to read."""
+    """AUROC of each step, and how much is to read."""
     box = f"blackbox-{name}" if f"blackbox-{name}" in aurocs else "blackbox-1d"
     steps = {"sparse": name, **{s: name + s for s in STEPS}, "black box": box}
     row = {k: macro(aurocs[n], p.classes)[0] for k, n in steps.items() if n in aurocs}
-    files = [args.run / branch / "prototypes.json" for branch in p.branches]
-    parts = [common.load(file, "03_project.py", args) for file in files]
+    files = [args.run / b / "prototypes.json" for b in p.branches]
+    parts = [common.load(f, "03_project.py", args) for f in files]
     count = [len(part["prototypes"]) for part in parts]
     gap = np.average([part["gap"] for part in parts], weights=count)
     distinct = sum(part["distinct"] for part in parts)
-    return {
-        "name": name, **row, "nonzero": p.nonzero, "weights": p.weights,
-        "gap": rounded(gap), "prototypes": sum(count), "distinct": distinct}
+    return dict(
+        row, name=name, nonzero=p.nonzero, weights=p.weights,
+        gap=rounded(gap), prototypes=sum(count), distinct=distinct)
 
 
 def measure(args, prep):
-    """All numbers of a run, for metrics.json."""
+    """All numbers, for metrics.json."""
     found = load_predictions(args.run, prep, args)
     made = common.provenance(args, *((p.file, vars(p)) for p in found.values()))
     own = [n for n in found if not n.endswith(STEPS)]
@@ -189,7 +189,7 @@ def measure(args, prep):
     if args.against:
         run_2, other = args.against.name, load_predictions(args.against, prep, args)
         both = {n: f"{n} of {run_2}" for n in own if n in other}
-        found.update({name: other[n] for n, name in both.items()})
+        found.update({m: other[n] for n, m in both.items()})
         theirs, question = next(iter(other.values())).config, f"Against {run_2}"
         changed = {k.split("_")[0] for k in config if config[k] != theirs[k]}
         if changed == {"lambda"} and loss != (theirs["lambda_cntrst"] != 0):
@@ -209,31 +209,31 @@ def measure(args, prep):
     for n in [*own, *both.values()]:
         numbers[n], per_class[n] = numbers_of(found[n], aurocs[n], prep, frequent)
     for question, some in pairs.items():
-        some = [(a, b) for a, b in some if a in found and b in found]
+        some = [(a, b) for a, b in some if {a, b} <= found.keys()]
         if some:
             rows = differences[question] = {}
             for a, b in some:
                 gain = aurocs[a] - aurocs[b]
                 rows[f"{a} - {b}"] = [macro(gain, c, -1) for c in (frequent, CODES)]
-    shown = {  # the first that has labels of a group
+    shown = {  # first with labels of a group
         g: n for g in BRANCHES for n in reversed(own) if numbers[n]["groups"][g][3]}
     shown.update({"black box": n for n in reversed(own) if n.startswith("blackbox")})
-    return {
-        **made, "commands": made["commands"][:-1], "run": args.run.name,
-        "config": config, "data": prep.info["data"], "contrastive": loss,
+    return dict(
+        made, commands=made["commands"][:-1], run=args.run.name,
+        config=config, data=prep.info["data"], contrastive=loss,
         **{k: config[k] for k in ("recipe", "seed", "width")},
-        "against": against,
-        "trained": {k: v for n in own for k, v in found[n].trained.items()},
-        "counts": {
-            **prep.info["sizes"], "test_patients": len(np.unique(patients)),
-            "test_positives": dict(zip(CODES, y.sum(0).tolist()))},
-        "left_out": prep.info["without_training_record"],
-        "rule": RULE.format(DRAWS, RARE), "shown": shown,
-        "predictions": numbers, "differences": differences, "per_class": per_class,
-        "cost": [cost_of(n, found[n], aurocs, args) for n in own if found[n].branches]}
+        against=against,
+        trained={k: v for n in own for k, v in found[n].trained.items()},
+        counts=dict(
+            prep.info["sizes"], test_patients=len(np.unique(patients)),
+            test_positives=dict(zip(CODES, y.sum(0).tolist()))),
+        left_out=prep.info["without_training_record"],
+        rule=RULE.format(DRAWS, RARE), shown=shown,
+        predictions=numbers, differences=differences, per_class=per_class,
+        cost=[cost_of(n, found[n], aurocs, args) for n in own if found[n].branches])
 
 
-# ---- results.md, made from metrics.json
+# ---- results.md of metrics.json
 
 RULE = (
     "Intervals: 95 % percentiles of {:,} bootstrap draws by patient, the same for all; a "
@@ -246,10 +246,10 @@ records (the paper: 2,198) of {counts[test_patients]:,} patients.
 ## Headline
 {headline}
 
-Macro-AUROC on the whole of fold 10. {rule} {rare}+ positives: over classes with so
-many in fold 10. F1: at the logit with the best F1 on fold 9, or at 0 for labels that are
-rare there. Fold 9: choices were made on it. Per batch: the authors' measure, the mean
-over batches of the AUROC over the classes in a batch.
+Macro-AUROC on all of fold 10. {rule} {rare}+ positives: over classes with so many in
+fold 10. F1: at the logit with the best F1 on fold 9, or at 0 for labels rare there.
+Fold 9: choices were made on it. Per batch: the authors' measure, the mean over batches
+of the AUROC over the classes in a batch.
 
 ## The paper's Tables 1 and 2
 {papers}
@@ -257,8 +257,8 @@ over batches of the AUROC over the classes in a batch.
 ## The cost of interpretability
 {costs}
 
-Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head;
-of Stage 3's classifier on prototypes before and after projection; of a black box. Gap:
+Macro-AUROC on the model's labels: after Stage 1; after projection, with its head; of
+Stage 3's classifier on prototypes before and after projection; of a black box. Gap:
 mean of 1 - cosine of prototype and patch. Distinct: different patches in a class.
 
 ## Training
@@ -273,18 +273,18 @@ mean of 1 - cosine of prototype and patch. Distinct: different patches in a clas
 ## Classes
 {classes}
 
-Fewer than {rare} positives in fold 10, so that their intervals say little: {few}. Not
-modelled, without a training record: {missing}.
+Under {rare} positives in fold 10, so that intervals say little: {few}. Not modelled,
+without a training record: {missing}.
 """
 
 
 def number(v, sign=""):
-    """.9321 as in the paper, +.0012 with sign "+", a dash for None."""
+    """.9321 as in the paper, with sign "+" +.0012, for None a dash."""
     return "–" if v is None else re.sub(r"^([+-]?)0", r"\1", f"{v:{sign or 'z'}.4f}")
 
 
 def cell(v, sign=""):
-    """[value, low, high, classes, codes] -> .9321 [.9250, .9390] (over 68 of 71)."""
+    """[value, low, high, n, codes] -> .9321 [.9250, .9390] (over 68 of 71)."""
     if v[0] is None:
         return "–"
     value, low, high = (number(x, sign) for x in v[:3])
@@ -293,10 +293,10 @@ def cell(v, sign=""):
 
 
 def table(head, rows):
-    """A markdown table, padded; floats as `number`, lists as `cell`."""
+    """A padded markdown table; floats as `number`, lists as `cell`."""
     show = {float: number, list: cell, type(None): number}
-    rows = [[show.get(type(c), str)(c) for c in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [[show.get(type(v), str)(v) for v in row] for row in (head, *rows)]
+    widths = [max(map(len, v)) for v in zip(*rows)]
     rows.insert(1, ["-" * w for w in widths])
     lines = [" | ".join(map(str.ljust, row, widths)) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
@@ -313,7 +313,7 @@ def headline(m):
 
 
 def paper_table(m):
-    """The paper's Tables 1 and 2, ours beside."""
+    """The paper's Tables 1 and 2, and ours."""
     head = ["macro-AUROC", "no contrastive: paper", "ours", "contrastive: paper", "ours",
             "black box: paper", "ours"]
     of = {m["contrastive"]: "", not m["contrastive"]: " of no run"}
@@ -328,7 +328,7 @@ def paper_table(m):
 
 
 def cost_table(m):
-    """What each step towards interpretability cost."""
+    """What each step cost."""
     head = [
         "model", "joint", "projected", "sparse, unprojected", "sparse, projected",
         "black box", "gap", "prototypes", "distinct", "non-zero weights"]
@@ -340,14 +340,14 @@ def cost_table(m):
 
 
 def answer(v):
-    """What a paired difference [value, low, high] says."""
+    """What a difference [value, low, high] says."""
     if v[0] is None or v[1] <= 0 <= v[2]:
         return "not shown"
     return "yes" if v[1] > 0 else "no, the second"
 
 
 def by_group(m):
-    """{(group, prediction): [(label, positives, numbers, black box)]}, best first."""
+    """{(group, prediction): [(label, positives, numbers, box)]}, best first."""
     groups, shown, n = {}, m["shown"], m["counts"]["test_positives"]
     box = m["per_class"].get(shown.get("black box"), {})
     for group in [b for b in BRANCHES if b in shown]:
@@ -355,7 +355,7 @@ def by_group(m):
             (c, n[c], v, box.get(c, [None])[:3])
             for c, v in m["per_class"][shown[group]].items()
             if c in GROUPS[group] and v[0] is not None]
-        groups[group, shown[group]] = sorted(rows, key=lambda row: -row[2][0])
+        groups[group, shown[group]] = sorted(rows, key=lambda r: -r[2][0])
     return groups
 
 
@@ -364,9 +364,9 @@ def report(m):
     by, classes, trained, paired = by_group(m), [], [], []
     for (_, name), rows in by.items():
         classes += [[c, name, n, v[:3], *v[3:], box] for c, n, v, box in rows]
-    few = [row[0] for row in classes if row[2] < RARE]
+    few = [c for c, _, n, *_ in classes if n < RARE]
     each = m["predictions"].items()
-    groups = [[name, *(p["groups"][b] for b, _ in by)] for name, p in each]
+    groups = [[n, *(p["groups"][b] for b, _ in by)] for n, p in each]
     keys = "round", "epochs", "best_epoch", "val_auroc", "hardware"
     for name, t in m["trained"].items():
         trained.append([name, f"{t['seconds'] / 60:.1f}", *map(t.get, keys)])
@@ -397,7 +397,7 @@ def report(m):
 # ---- Figures
 
 def plot_classes(m):
-    """Every class with its interval, by group, best first."""
+    """Classes with intervals, by group, best first."""
     rows, box_name = [], m["shown"].get("black box", "black box")
     for (group, name), each in by_group(m).items():
         rows.append((f"{group.upper()} ({name})", [None] * 3, [None], BLUE))
@@ -416,13 +416,13 @@ def plot_classes(m):
         ax.set(ylim=(height - 0.5, -0.5), xlabel="AUROC, fold 10")
         ax.grid(axis="x", color="#BBBBBB", lw=0.5)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    fig.suptitle("AUROC of each class, 95 % interval, number of test positives\n"
-                 f"hollow: fewer than {RARE}; orange bar: {box_name}", fontsize=10)
+    fig.suptitle("AUROC of each class, 95 % interval, test positives\n"
+                 f"hollow: under {RARE}; orange: {box_name}", fontsize=10)
     return fig
 
 
 def plot_training(run, names):
-    """Fold-9 macro-AUROC and terms of Eq. (2) of each model."""
+    """Fold-9 macro-AUROC and terms of Eq. (2)."""
     fig = Figure((9, 2.4 * len(names)), layout="constrained")
     axes = fig.subplots(len(names), 2, squeeze=False)
     for name, (left, right) in zip(names, axes):
@@ -430,9 +430,9 @@ def plot_training(run, names):
         left.plot(log["epoch"], log["val_auroc"], "o-", color=BLUE, ms=3)
         left.set(ylabel=name, xlabel="epoch", title="macro-AUROC, fold 9")
         right.set(xlabel="epoch", title="terms of Eq. (2), each over its largest")
-        for term in [t for t in TERMS if t in log]:
-            values = log[term] / log[term].abs().max()
-            right.plot(log["epoch"], values, ".-", color=TERMS[term], label=term)
+        for t in [t for t in TERMS if t in log]:
+            values = log[t] / log[t].abs().max()
+            right.plot(log["epoch"], values, ".-", color=TERMS[t], label=t)
             right.legend(fontsize=8)
     return fig
 
@@ -473,10 +473,10 @@ def results_html(args, m, text):
     page = PAGE.replace("RUN", escape(m["run"]))
     page += MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     page += "<h2>Figures</h2>"
-    page += image(args.run / "figures/per_class_auroc.png", "AUROC of each class, fold 10")
+    page += image(args.run / "figures/per_class_auroc.png", "AUROC of classes, fold 10")
     page += image(args.run / "figures/training.png", "Training")
     page += "<h2>ECGs explained</h2>"
-    cases = sorted((args.run / "cases").glob("*.json"))
+    cases = sorted(args.run.glob("cases/*.json"))
     for path in cases:
         try:
             common.load(path, "06_plot_prototypes.py", args)
@@ -491,19 +491,20 @@ def results_html(args, m, text):
 
 
 def ratings_table(files):
-    """Print Table 3 (4.4): means with intervals, quadratic kappas."""
+    """Print Table 3 (4.4): means, intervals, quadratic kappas."""
     criteria, rows = ["representativeness", "clarity"], []
     try:
         found = [json.loads(f.read_text("utf-8")) for f in files]
         (kind, _), = {(r["kind"], str(r["made"])) for r in found}  # of one page
-        keys = [*criteria, "mark"]
-        each = {r["reviewer"]: pd.DataFrame(r["ratings"], keys).T for r in found}
+        types = dict.fromkeys(criteria, float)
+        each = {r["reviewer"]: pd.DataFrame(r["ratings"], [*types, "mark"]).T.astype(types)
+                for r in found}
         assert kind == "protoecgnet-ratings" and len(each) == len(files)
     except (AssertionError, KeyError, TypeError, ValueError):
-        sys.exit("these are not ratings of one page, one file for each reviewer")
+        sys.exit("these are not ratings of one review.html, a file a reviewer")
     wrong = {j for r in each.values() for j in r.index[r["mark"] == "label-error"]}
     for name, r in each.items():
-        each[name] = r = r.drop(wrong, errors="ignore")[criteria].astype(float)
+        each[name] = r = r[~r.index.isin(wrong)][criteria]
         half = 1.96 * r.sem()
         cells = zip(r.mean(), r.mean() - half, r.mean() + half, r.count())
         rows.append([name, *("{:.2f} [{:.2f}, {:.2f}] of {}".format(*v) for v in cells)])
@@ -513,7 +514,7 @@ def ratings_table(files):
     for a, b in itertools.combinations(each, 2):
         row = [f"weighted kappa, {a} and {b}"]
         for k in criteria:
-            x, y = pd.concat([each[a][k], each[b][k]], axis=1).dropna().to_numpy().T
+            x, y = pd.concat([each[a][k], each[b][k]], axis=1).dropna().values.T
             kappa = cohen_kappa_score(
                 x, y, labels=range(1, 6), weights="quadratic") if len(x) else np.nan
             row.append(f"{kappa:.2f} of {len(x)}")
@@ -523,9 +524,8 @@ def ratings_table(files):
 
 
 def main():
-    flags = "prep", "run", "recipe", "model", "threads", "demo"
-    p = common.argument_parser(__doc__, *flags)
-    p.add_argument("--against", type=Path, metavar="RUN2", help="a run to compare with")
+    p = common.argument_parser(__doc__, "prep", "run", "recipe", "model", "threads", "demo")
+    p.add_argument("--against", type=Path, metavar="RUN2", help="compare with it")
     p.add_argument("--ratings", type=Path, nargs="+", metavar="FILE", help="print Table 3")
     args = common.parse(p)
     if args.ratings:
@@ -535,7 +535,7 @@ def main():
     figures = plot_classes(m), plot_training(args.run, m["trained"])
     for name, figure in zip(("per_class_auroc", "training"), figures):
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=130)
+        figure.savefig(content, dpi=130)
         common.save(args.run / f"figures/{name}.png", content.getvalue())
     text, path = report(m), args.run / "results.md"
     common.save(path, text)

@@ -1,17 +1,17 @@
 """Script 06, pictures (paper 4.5, Appendices B-D): prototypes, explanations, a review.
 
-Blue is what a prototype looks at: 0.94 s (partial), the strip (1D); a global one: all.
+Blue is what a prototype looks at: 0.94 s (partial), the strip (1D); global: all.
 
-reads   RUN/classifiers/fusion.pt, or, without fusion or with --model, MODEL.pt;
+reads   RUN/classifiers/fusion.pt, or without it, or with --model, MODEL.pt;
         RUN/MODEL/projected.pt, prototypes.json, .npy.gz; PREP for --case alone
-writes  RUN/figures/gallery.html; RUN/cases/NAME.html, a page a label when printed,
+writes  RUN/figures/gallery.html; RUN/cases/NAME.html, printed a page a label,
         NAME.json with all that it shows, records.csv; RUN/review.html
 
-    python 06_plot_prototypes.py                   the gallery of all prototypes
+    python 06_plot_prototypes.py                   the gallery of prototypes
     python 06_plot_prototypes.py --case 449        why is this said of this ECG?
-    python 06_plot_prototypes.py --record my/ecg   of your own WFDB record my/ecg.hea
-    python 06_plot_prototypes.py --record my/*     of many: records.csv, with --pages pages
-    python 06_plot_prototypes.py --review          a page to rate prototypes (Appendix C)
+    python 06_plot_prototypes.py --record my/ecg   the same of your own WFDB record
+    python 06_plot_prototypes.py --record my/*     records.csv; with --pages also pages
+    python 06_plot_prototypes.py --review          to rate prototypes (Appendix C)
 
 Takes seconds. Last line: `RUN: 355 prototypes -> RUN/figures/gallery.html`.
 """
@@ -35,20 +35,20 @@ import common
 from common import BOXES, CODES, LEADS, RATE, SAMPLES
 
 NAMES = [lead.replace("AV", "aV") for lead in LEADS]
-ROWS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]  # of leads, on clinical paper
+ROWS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]  # of leads, on paper
 STEP = 25 / RATE  # mm a sample, at 25 mm/s
-LEFT, WIDTH, MARGIN = 15, 270, 13.5  # mm: where traces start, a paper, a sheet's margin
-PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # calibration: 1 mV for 0.2 s
+LEFT, WIDTH, MARGIN = 15, 270, 13.5  # mm: start of traces, paper, margin
+PULSE = np.repeat([0, 1, 0], [4, 20, 4])  # 1 mV for 0.2 s
 SAID = "label", "classifier", "probability", "threshold", "predicted", "logit"
 BLUE, ORANGE, GREY = "#0b4f8a", "#d55e00", "#888888"
 
 
-# ---- Layout: a scene is what lies where on its paper, in mm from the upper left
+# ---- Layout: a scene is what lies where on a paper, in mm from the upper left
 
 def paper(rows, w, h, columns, text):
     """A scene of rows of leads [(number, mV [n])], `columns` mm apart: traces (x, y [n]),
     texts (x, y, size, text), boxes (x, y, w, h, filled). It has half gain, and says so,
-    where a trace would leave the paper."""
+    if a trace would leave it."""
     most = np.array([max(y.max() for _, y in row) for row in rows])
     least = np.array([min(y.min() for _, y in row) for row in rows])
     for gain in (10, 5):
@@ -61,34 +61,34 @@ def paper(rows, w, h, columns, text):
     traces, texts = [], [(LEFT, h - 1.5, 3.5, f"{text}, {note}")]
     for row, y0 in zip(rows, zero):
         traces.append((LEFT - 29 * STEP, y0 - gain * PULSE))
-        for column, (lead, signal) in enumerate(row):
-            x = LEFT + columns * column
+        for i, (lead, signal) in enumerate(row):
+            x = LEFT + columns * i
             traces.append((x, np.clip(y0 - gain * signal, 0, h)))
             texts.append((x + 1.5, y0 - 2.5, 3.5, NAMES[lead]))
-    return {"w": w, "h": h, "traces": traces, "texts": texts, "boxes": []}
+    return dict(w=w, h=h, traces=traces, texts=texts, boxes=[])
 
 
 def whole(x, kind, windows=()):
     """The scene of x [12, 1000] mV as 3 x 4 leads and a strip, which is marked for 1D; for
-    partial the first of `windows` [(first, end)] is, and others are outlined."""
-    parts = x.reshape(12, 4, 250)
-    rows = [[(lead, parts[lead, i]) for i, lead in enumerate(row)] for row in ROWS]
+    partial it is the first of `windows` [(first, end)], others are outlined."""
+    part = x.reshape(12, 4, 250)
+    rows = [[(j, part[j, i]) for i, j in enumerate(row)] for row in ROWS]
     rows.append([(1, x[1])])
     scene = paper(rows, WIDTH, 106, 62.5, "25 mm/s, high-pass 0.5 Hz")
     if kind == "1d":
         top = max(60, min(y.min() for _, y in scene["traces"][-2:]) - 2)
         scene["boxes"].append((LEFT - 1, top, 252, 100 - top, True))
     if kind == "partial":
-        for rank, (first, end) in enumerate(windows):
-            x0, y0 = LEFT + STEP * first, 1 + 1.2 * rank  # staggered: they may overlap
-            scene["boxes"].append((x0, y0, STEP * (end - first), 100 - y0, rank == 0))
+        for i, (first, end) in enumerate(windows):
+            x0, y0 = LEFT + STEP * first, 1 + 1.2 * i  # they may overlap
+            scene["boxes"].append((x0, y0, STEP * (end - first), 100 - y0, i == 0))
     return scene
 
 
 def cut_out(x, window):
     """The scene of a window (first, end) of x [12, 1000] mV, all leads."""
     first, end = window
-    rows = [[(lead, x[lead, first:end]) for lead in row] for row in ROWS]
+    rows = [[(j, x[j, first:end]) for j in row] for row in ROWS]
     return paper(rows, 134, 74, 29, f"{first / RATE:.2f} to {end / RATE:.2f} s, 25 mm/s")
 
 
@@ -101,7 +101,7 @@ def svg(w, h, shapes):
 
 
 def letters(x, y, mm, text, style=""):
-    """Text from (x, y) on, in letters of so many mm, with a halo."""
+    """Text from (x, y) on, so many mm high, with a halo."""
     style += ' fill="#000" stroke="#fff" stroke-width="0.7" paint-order="stroke"'
     return f'<text x="{x:.2f}" y="{y:.2f}" font-size="{mm}"{style}>{escape(text)}</text>'
 
@@ -113,13 +113,13 @@ def draw(scene, left=0, top=0):
         d = "".join(f"M{x} 0V{h}" for x in range(0, w + 1, step))
         d += "".join(f"M0 {y}H{w}" for y in range(0, h + 1, step))
         shapes.append(f'<path d="{d}" stroke="{colour}" stroke-width="{mm}"/>')
-    for x, y, width, height, filled in scene["boxes"]:
+    for x, y, dx, dy, filled in scene["boxes"]:
         shapes.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" stroke="{BLUE}" '
+            f'<rect x="{x}" y="{y}" width="{dx}" height="{dy}" stroke="{BLUE}" '
             f'stroke-width="0.3" fill="#56b4e9" fill-opacity="{0.22 * filled}"/>')
-    for x, y in scene["traces"]:  # in twentieths of a mm, from point to point
-        first, *changes = np.diff(np.round(20 * y), prepend=0).astype(int).tolist()
-        points = " ".join(f"{20 * STEP:.0f} {change}" for change in changes)
+    for x, y in scene["traces"]:  # in 1/20 mm, from point to point
+        first, *more = np.diff(np.round(20 * y), prepend=0).astype(int).tolist()
+        points = " ".join(f"{20 * STEP:.0f} {dy}" for dy in more)
         style = 'transform="scale(.05)" stroke="#000" stroke-width="6"'
         shapes.append(f'<path d="M{20 * x:.0f} {first}l{points}" {style}/>')
     shapes += [letters(*text) for text in scene["texts"]]
@@ -127,19 +127,19 @@ def draw(scene, left=0, top=0):
 
 
 def draw_bars(bars, top):
-    """Bars (what, value, more), a line each, from a common zero."""
+    """Bars (what, value, more), from a common zero."""
     values, shapes = [value for _, value, _ in bars], []
     least = min(*values, 0)
     mm = 70 / (max(*values, 0) - least)
     for i, (what, value, more) in enumerate(bars):
-        x, y = 80 + mm * (min(value, 0) - least), top + 5.5 * i + 2.5
+        x, y = 80 + mm * (min(value, 0) - least), top + 5.5 * i + 3.7
         colour = BLUE if value > 0 else ORANGE
-        if i in (0, len(bars) - 1):  # where the sum begins, and itself
+        if i in (0, len(bars) - 1):  # where the sum begins and ends
             colour = GREY
-        box = f'x="{x:.2f}" y="{y - 1.8:.2f}" width="{mm * abs(value):.2f}" height="3.6"'
+        box = f'x="{x:.2f}" y="{y - 3:.2f}" width="{mm * abs(value):.2f}" height="3.6"'
         shapes += [f'<rect {box} fill="{colour}"/>',
-                   letters(MARGIN, y + 1.2, 3.5, what), letters(154, y + 1.2, 3.5, more),
-                   letters(78, y + 1.2, 3.5, f"{value:+.2f}", ' text-anchor="end"')]
+                   letters(MARGIN, y, 3.5, what), letters(154, y, 3.5, more),
+                   letters(78, y, 3.5, f"{value:+.2f}", ' text-anchor="end"')]
     return "".join(shapes)
 
 
@@ -168,24 +168,24 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</tit
 """
 
 
-# ---- Gallery, and the page for clinicians (3.6, Appendix C)
+# ---- Gallery and review (3.6, Appendix C)
 
 def source(q):
-    """A prototype and where it comes from, in words."""
+    """A prototype and its source, in words."""
     first, end = np.divide(q["samples"], RATE)
     text = "prototype {model} {index}: training ECG {ecg_id}".format(**q)
     return f"{text}, {first:.2f} to {end:.2f} s"
 
 
 def album(args, heads, words, review=False):
-    """Write all prototypes, a section a label: gallery.html, with their sources, or
-    review.html, with their class alone, to be rated."""
-    sections, prototypes = {}, [q for head in heads for q in head.prototypes]
+    """Write all prototypes, a section a label: gallery.html, with sources, or
+    review.html, with the class alone, to be rated."""
+    sections, prototypes = {}, [q for h in heads for q in h.prototypes]
     for q in tqdm(prototypes, "pictures", disable=None):
         scenes = [whole(q["x"], q["kind"], [q["samples"]])]
         if q["kind"] == "partial":
             scenes.append(cut_out(q["x"], q["samples"]))
-        pictures = "".join(svg(scene["w"], scene["h"], [draw(scene)]) for scene in scenes)
+        pictures = "".join(svg(s["w"], s["h"], [draw(s)]) for s in scenes)
         labels = "; ".join(words[c] for c in q["labels"])
         below = escape(f"{source(q)}, labelled {labels}")
         if review:
@@ -196,7 +196,7 @@ def album(args, heads, words, review=False):
     path, text = args.run / "figures/gallery.html", (PAGE + ALBUM).replace("TITLE", escape(title))
     if review:
         made = [h.made_from[f"{m}/projected.pt"] for h in heads for m in h.branches]
-        page = json.dumps({"run": str(args.run), "made": made}).replace("<", "\\u003c")
+        page = json.dumps(dict(run=str(args.run), made=made)).replace("<", "\\u003c")
         path, text = args.run / "review.html", text + REVIEW.replace("RUN", page)
     for (c, model), figures in sorted(sections.items()):
         heading = escape(f"{words[CODES[c]]}, {model}: {len(figures)}")
@@ -205,15 +205,15 @@ def album(args, heads, words, review=False):
     print(f"{title} -> {path}")
 
 
-ALBUM = """figure { display: inline-block; vertical-align: top; width: 600px; margin: 8px }
-figure { max-width: 95% } figure svg { border: 1px solid #bbb; width: 100%; height: auto }
-summary { padding: 8px } label { padding: 8px 4px }
+ALBUM = """figure { display: inline-block; width: 600px; max-width: 95%; margin: 8px;
+  vertical-align: top } figure svg { border: 1px solid #bbb; width: 100%; height: auto }
+summary, label { padding: 8px 4px }
 header { position: sticky; top: 0; background: #fff; padding: 8px 0 }
 </style><h1>TITLE</h1><p>Each prototype is a real training ECG, or 0.94 s of one, with
-which the model compares new ECGs. Not for clinical use.</p>
+which new ECGs are compared. Not for clinical use.</p>
 """
-SCALE = "".join(f'<label><input type="radio" name="NAME" value="{n}">{n}</label>'
-                for n in range(1, 6))
+SCALE = "".join(
+    f'<label><input type="radio" name="NAME" value="{n}">{n}</label>' for n in range(1, 6))
 FORM = f"""<form id="{{model}}/{{index}}"><input type="hidden" name="class" value="{{class}}">
 <b>{{words}}</b><br>Representativeness {SCALE.replace("NAME", "representativeness")}<br>
 Clarity {SCALE.replace("NAME", "clarity")}<br>
@@ -232,8 +232,9 @@ interpretation difficult? 5 is best. Ratings stay in this browser: export them.<
 <script>
 const page = RUN, key = `protoecgnet ${page.run} ${page.made}`;
 const $ = id => document.getElementById(id), forms = () => [...document.forms];
+let later;
 const rating = form => Object.fromEntries(new FormData(form));
-const ratings = () => Object.fromEntries(forms().map(form => [form.id, rating(form)]));
+const ratings = () => Object.fromEntries(forms().map(f => [f.id, rating(f)]));
 const done = form => {
   const {mark, representativeness, clarity} = rating(form);
   return mark === "label-error" || representativeness && clarity;
@@ -241,27 +242,28 @@ const done = form => {
 function keep() {
   $("progress").textContent = `${forms().filter(done).length} of ${forms().length} rated`;
   try { localStorage.setItem(key, JSON.stringify(ratings())); }
-  catch { $("progress").textContent += ", not kept by this browser: export them"; }
+  catch { $("progress").textContent += ", not kept here: export them"; }
 }
 function fill(ratings) {
-  for (const form of forms())
+  for (const form of forms()) {
+    if (ratings[form.id]) form.reset();
     for (const [name, value] of Object.entries(ratings[form.id] ?? {}))
-      if (form.elements[name]) form.elements[name].value = value;
+      if (form.elements[name]) form.elements[name].value = value ?? "";
+  }
   keep();
 }
 onload = () => fill(JSON.parse(localStorage.getItem(key)) ?? {});
 oninput = keep;
-onreset = () => setTimeout(keep);  // after the form is empty
+onreset = () => { clearTimeout(later); later = setTimeout(keep); };  // when it is empty
 onsubmit = () => false;
 $("next").onclick = () => {
-  const form = forms().find(form => !done(form));
+  const form = forms().find(f => !done(f));
   if (form) form.closest("details").open = true;
   form?.scrollIntoView({block: "end"});
 };
 $("export").onclick = () => {
-  const reviewer = prompt("Your name, as the reviewer?");
-  const kind = "protoecgnet-ratings";
-  const found = {format: 2, kind, reviewer, ...page, ratings: ratings()};
+  const reviewer = prompt("Your name?");
+  const found = {kind: "protoecgnet-ratings", reviewer, ...page, ratings: ratings()};
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([JSON.stringify(found)]));
   link.download = `ratings_${reviewer}.json`;
@@ -269,9 +271,9 @@ $("export").onclick = () => {
 };
 $("file").onchange = async ({target}) => {
   const found = await target.files[0].text().then(JSON.parse).catch(() => ({}));
-  target.value = "";  // so that the same file can be chosen again
-  if (`${found?.made}` === `${page.made}`) return fill(found.ratings);
-  alert("This file does not hold ratings of these prototypes.");
+  target.value = "";  // the same file can be chosen again
+  if (`${found?.made}` === `${page.made}`) return fill(found.ratings ?? {});
+  alert("This does not hold ratings of these prototypes.");
 };
 </script>
 """
@@ -281,7 +283,7 @@ $("file").onchange = async ({target}) => {
 
 def read_wfdb(path, start=0.0):
     """10 s of a WFDB record from second `start` on -> x [12, 1000] mV at 100 Hz, filtered
-    as 01 does, and notes on what is odd in it."""
+    as in 01, and notes on what is odd."""
     import wfdb  # slow to import
     try:
         header = wfdb.rdheader(path)
@@ -293,33 +295,33 @@ def read_wfdb(path, start=0.0):
         no_gain = re.search(
             rf"(?mi)^[^#\s]\S*\s+\S+[ \t]+0[.0]*[(/ \t].*\s({lead})\s*$", text)
     except Exception as e:  # of many kinds
-        sys.exit(f"{path} cannot be read from {start:g} s on: is its .hea right, as to dates "
-                 f"and names? {e!r:.200}")
+        sys.exit(f"{path} cannot be read from {start:g} s on: are dates and names in its "
+                 f".hea right? {e!r:.200}")
     if record.p_signal is None or not 50 <= fs <= 10_000:
-        sys.exit(f"{path} has no signals, or {fs:g} Hz: it must have 50 to 10,000")
+        sys.exit(f"{path} has no signals, or {fs:g} Hz, not 50 to 10,000")
     seconds = len(record.p_signal) / fs
     if seconds < 9.98:
         sys.exit(f"{path} has {seconds:.3f} s from {start:g} s on, but needs 10 s")
-    names = [str(name).strip().upper() for name in record.sig_name]
-    x, millivolt = [], {"mv": 1, "uv": 1e-3, "v": 1e3}
+    names = [str(n).strip().upper() for n in record.sig_name]
+    x, millivolt = [], dict(mv=1, uv=1e-3, v=1e3)
     for lead in LEADS:
         if names.count(lead) != 1:
-            sys.exit(f"{path} must hold each of the 12 leads once, not so {lead}")
+            sys.exit(f"{path} must hold each lead once, not so {lead}")
         i = names.index(lead)
         unit = str(record.units[i] or "mV")
         scale = millivolt.get(unit.lower(), np.nan)
         x.append(scale * record.p_signal[:int(np.ceil(10 * fs)), i])
-        if not np.all(np.abs(x[-1] - np.median(x[-1])) < 50):
+        if not np.all(abs(x[-1] - np.median(x[-1])) < 50):
             sys.exit(f"{path}: lead {lead}, in {unit}, has missing samples (try --start), "
                      "exceeds 50 mV or its unit is none of mV, uV, V")
     up, down = Fraction(RATE / fs).limit_denominator(20_000).as_integer_ratio()
     x = resample_poly(x, up, down, axis=1, padtype="line")[:, :SAMPLES]
-    height = np.ptp(x, axis=1)
+    height = np.ptp(x, 1)
     if height.max() < 0.1:
         sys.exit(f"{path} is flat, or its gain or unit is wrong: no lead has 0.1 mV")
     notes = [f"Lead {name} is flat." for name, mv in zip(NAMES, height) if mv < 0.01]
     if no_gain:
-        notes.append("Not calibrated: as the gain is 0, 200 units are taken for 1 mV.")
+        notes.append("Not calibrated: the gain is 0, 200 units are taken for 1 mV.")
     if start:
         notes.append(f"From {start:g} s on.")
     x = np.pad(x, ((0, 0), (0, SAMPLES - x.shape[1])), "edge")  # of up to 0.02 s
@@ -328,16 +330,16 @@ def read_wfdb(path, start=0.0):
 
 @torch.no_grad()
 def matched_windows(head, q, x):
-    """The windows (first, end) of x that are similar to prototype q, best first."""
+    """The windows (first, end) of x most like prototype q, best first."""
     network = head.networks[head.branches.index(q["model"])]
-    z = network.latent(torch.from_numpy(x)[None].to(network.p.device))
-    S = common.similarity(z, network.p[q["index"], None], network.a)[0, 0]  # [windows]
+    z = network.latent(torch.from_numpy(x)[None].to(network.p))
+    S = common.similarity(z, network.p[q["index"], None])[0, 0]  # [windows]
     best = S.cpu().sort(descending=True, stable=True).indices[:network.top_k]
     return [common.window_samples(network.kind, w) for w in best.tolist()]
 
 
 def bars_of(r):
-    """Bars for pieces of evidence: all but a rest of under 5 %."""
+    """Bars for pieces: all but a rest of under 5 %."""
     sizes = [abs(piece["contribution"]) for piece in r["pieces"]]
     most = 1 + int(np.searchsorted(np.cumsum(sizes), 0.95 * sum(sizes)))
     bars = [("the average training record", r["average"], "")]
@@ -352,8 +354,8 @@ def bars_of(r):
 
 
 def page(case, x, r, head, words):
-    """The items of the sheet that explains result r for ECG x."""
-    known = "; ".join(words[c] for c in case.get("true_labels", [])) or "not known"
+    """The items of a sheet that explains result r for x."""
+    known = "; ".join(words[c] for c in case.get("true_labels", ())) or "unknown"
     p, threshold = shown(r["probability"]), shown(r["threshold"])
     text = " ".join([
         f"{case['title']}. Probability {p}, predicted from {threshold} on, by the "
@@ -379,8 +381,7 @@ def page(case, x, r, head, words):
     verdict = "predicted" if r["predicted"] else "not predicted"
     title = [f"{head.mark}{words[r['label']]} {verdict}", *textwrap.wrap(text, 145)]
     ecg = [whole(x, *first or ("global", []))]
-    bars = ["What speaks for and against it", bars_of(r)]
-    return ["\n".join(title), ecg, *bars, *pairs]
+    return ["\n".join(title), ecg, "What speaks for and against it", bars_of(r), *pairs]
 
 
 def shown(p):
@@ -391,20 +392,20 @@ def shown(p):
 
 
 def write_case(args, heads, words, x, case, results):
-    """Write NAME.html, a page for each label predicted or asked for, and NAME.json."""
+    """Write NAME.html, a page a label predicted or asked for, and NAME.json."""
     asked = [r for r in results if r["label"] in (args.label or ())]
     explained = asked or [r for r in results if r["predicted"]] or results[:1]
-    path = args.run / "cases" / f"{case['name']}.html"
+    path = args.run / f"cases/{case['name']}.html"
     text = (PAGE + CASE).replace("TITLE", escape(case["title"]))
-    by_name = {head.name: head for head in heads}
+    by_name = {h.name: h for h in heads}
     for r in explained:
         text += sheet(page(case, x, r, by_name[r["classifier"]], words))
     common.save(path, text)
-    inputs = [(args.run / f"classifiers/{head.name}.pt", vars(head)) for head in heads]
-    common.save(path.with_suffix(".json"), {
-        **common.provenance(args, *inputs), **case, "explained": explained,
-        "labels": [{k: r[k] for k in SAID} for r in results],
-        "descriptions": heads[0].descriptions})
+    inputs = [(args.run / f"classifiers/{h.name}.pt", vars(h)) for h in heads]
+    common.save(path.with_suffix(".json"), dict(
+        common.provenance(args, *inputs), **case, explained=explained,
+        labels=[{k: r[k] for k in SAID} for r in results],
+        descriptions=heads[0].descriptions))
     said = ", ".join(f"{words[r['label']]} {shown(r['probability'])}" for r in explained)
     print(f"{args.run}: {case['title']}: {said} -> {path}", *case["notes"])
 
@@ -418,7 +419,7 @@ def explain_records(args, heads, words):
             paths[stem] = os.fsencode(stem).decode("utf-8", "replace")
     if not paths:
         sys.exit("none of these is a WFDB record: there is no .hea")
-    prototypes = [q for head in heads for q in head.prototypes]
+    prototypes = [q for h in heads for q in h.prototypes]
     rows, failed = [], []
     for path, said in tqdm(paths.items(), "records", disable=None):
         try:
@@ -427,26 +428,25 @@ def explain_records(args, heads, words):
             failed.append(str(e))
             continue
         patient = None
-        for q in prototypes:  # other data sets hold PTB-XL's ECGs too
+        for q in prototypes:  # other sets hold PTB-XL's ECGs too
             if patient is None and np.corrcoef(x.ravel(), q["x"].ravel())[0, 1] > 0.75:
                 patient = q["patient"]
                 notes.append(f"This is training ECG {q['ecg_id']}.")
         results = common.explain(heads, x, patient)
         for r in results:
             pieces = [f"{q['class']} {q['contribution']:+.2f}" for q in r["pieces"][:3]]
-            rows.append({"record": said, **{k: r[k] for k in SAID},
-                         "pieces": "; ".join(pieces), "notes": " ".join(notes)})
+            rows.append(dict(record=said, **{k: r[k] for k in SAID},
+                             pieces="; ".join(pieces), notes=" ".join(notes)))
         if len(paths) == 1 or args.pages:
             place = repr((os.path.abspath(path), args.start)).encode()
             place = hashlib.sha256(place).hexdigest()[:6]
             name = re.sub(r"\W+", "-", Path(said).name).strip("-")[:60]
-            write_case(args, heads, words, x, {
-                "name": f"record-{name}-{place}", "record": said,
-                "title": f"{heads[0].mark}record {said[-70:]}", "notes": notes}, results)
+            write_case(args, heads, words, x, dict(
+                name=f"record-{name}-{place}", record=said,
+                title=f"{heads[0].mark}record {said[-70:]}", notes=notes), results)
     if len(paths) > 1 and rows:
-        table = args.run / "cases/records.csv"
-        common.save(table, pd.DataFrame(rows).to_csv(index=False))
-        print(f"{args.run}: {len(paths) - len(failed)} records -> {table}")
+        common.save(args.run / "cases/records.csv", pd.DataFrame(rows).to_csv(index=False))
+        print(f"{args.run}: {len(paths) - len(failed)} records -> cases/records.csv")
     if failed:
         sys.exit("\n".join(failed))
 
@@ -462,15 +462,15 @@ def main():
     what = p.add_mutually_exclusive_group()
     what.add_argument("--case", type=int, nargs="+", metavar="ECG_ID", help="of PTB-XL")
     what.add_argument("--record", nargs="+", metavar="PATH", help="your WFDB records")
-    what.add_argument("--review", action="store_true", help="the page for clinicians")
-    p.add_argument("--label", nargs="+", metavar="CODE", help="explain these")
-    p.add_argument("--start", type=float, default=0, metavar="S", help="second of a record")
-    p.add_argument("--pages", action="store_true", help="a page for each of many records")
+    what.add_argument("--review", action="store_true", help="a page to rate on")
+    p.add_argument("--label", nargs="+", metavar="CODE", help="explain these labels")
+    p.add_argument("--start", type=float, default=0, metavar="S", help="from second S on")
+    p.add_argument("--pages", action="store_true", help="pages of many records too")
     args = common.parse(p)
     if set(args.model or ()) & set(BOXES):
         p.error("black boxes have no prototypes")
     heads = common.load_run(args.run, args.model, args.device)
-    known = {c for head in heads for c in head.classes}
+    known = {c for h in heads for c in h.classes}
     for code in set(args.label or ()) - known:
         sys.exit(f"{args.run} has no label {code}, but {' '.join(sorted(known))}")
     words = {c: f"{text} ({c})" for c, text in heads[0].descriptions.items()}
@@ -489,9 +489,9 @@ def main():
             part = ["training", "validation", "test"][max(0, prep.folds[row] - 8)]
             labels = [c for c, on in zip(CODES, prep.labels[row]) if on]
             results = common.explain(heads, prep.signals[row], prep.patient_ids[row])
-            write_case(args, heads, words, prep.signals[row], {
-                "name": str(ecg_id), "ecg_id": ecg_id, "true_labels": labels,
-                "title": f"{heads[0].mark}{part} ECG {ecg_id}", "notes": []}, results)
+            write_case(args, heads, words, prep.signals[row], dict(
+                name=str(ecg_id), ecg_id=ecg_id, true_labels=labels,
+                title=f"{heads[0].mark}{part} ECG {ecg_id}", notes=[]), results)
     if not args.case:
         album(args, heads, words)
 

@@ -1,8 +1,8 @@
-"""What stages share, in the paper's order: labels (3.1), settings (Appendix E), model and
-Eq. (1) (3.3), AUROC; then finished runs, flags and files.
+"""What stages share: labels (3.1), settings (Appendix E), model and Eq. (1) (3.3), AUROC;
+then finished runs, flags and files.
 
 Shapes: x [B, 12, 1000] mV, z [B, D, L] latents, p [P, D, T] prototypes,
-s [B, P] similarities, W [C, F] weights of pieces of evidence, y [B, C] labels.
+s [B, P] similarities, W [C, F] weights of evidence, y [B, C] labels.
 """
 import argparse
 import ctypes
@@ -28,20 +28,20 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
-FORMAT = 3  # of files, raised when their layout changes
+FORMAT = 3  # of files; raise it with their layout
 torch.backends.cudnn.allow_tf32 = False  # projection compares cosines near 1
 
-# ---- Labels (3.1, Appendix G), in the order of PTB-XL's scp_statements.csv
+# ---- Labels (3.1, Appendix G), in the order of scp_statements.csv
 
 LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()
-SAMPLES, RATE = 1000, 100  # ten seconds at 100 Hz
+SAMPLES, RATE = 1000, 100  # 10 s at 100 Hz
 CODES = """
     NDT NST_ DIG LNGQT NORM IMI ASMI LVH LAFB ISC_ IRBBB 1AVB IVCD ISCAL CRBBB CLBBB
     ILMI LAO/LAE AMI ALMI ISCIN INJAS LMI ISCIL LPFB ISCAS INJAL ISCLA RVH ANEUR RAO/RAE
     EL WPW ILBBB IPLMI ISCAN IPMI SEHYP INJIN INJLA PMI 3AVB INJIL 2AVB ABQRS PVC STD_
     VCLVH QWAVE LOWT NT_ PAC LPR INVT LVOLT HVOLT TAB_ STE_ PRC(S) SR AFIB STACH SARRH
     SBRAD PACE SVARR BIGU AFLT SVTAC PSVT TRIGU""".split()
-_RHYTHM = ["1AVB", "IVCD", "3AVB", "2AVB", *CODES[CODES.index("SR"):]]
+_RHYTHM = "1AVB IVCD 3AVB 2AVB".split() + CODES[CODES.index("SR"):]
 _GLOBAL = "DIG NORM EL".split()
 GROUPS = {
     "rhythm": _RHYTHM,
@@ -49,92 +49,92 @@ GROUPS = {
     "global": _GLOBAL,
     "all": CODES}
 
-BRANCHES = ["rhythm", "morphology", "global"]  # the paper's three
-MODELS = {  # (kind of prototype, label group); blackbox-2d may start from ImageNet
+BRANCHES = ["rhythm", "morphology", "global"]
+MODELS = {  # (kind of prototype, label group); 1D never starts from ImageNet
     "rhythm": ("1d", "rhythm"), "morphology": ("partial", "morphology"),
     "global": ("global", "global"), "all-1d": ("1d", "all"),
     "all-partial": ("partial", "all"), "all-global": ("global", "all"),
     "blackbox-1d": ("blackbox", "all"), "blackbox-2d": ("blackbox", "all"),
-    **{f"blackbox-{branch}": ("blackbox", branch) for branch in BRANCHES},
+    **{f"blackbox-{b}": ("blackbox", b) for b in BRANCHES},
 }
 BOXES = [m for m in MODELS if MODELS[m][0] == "blackbox"]
-IMAGENET = "resnet18-f37072fd.pth"  # torchvision's, of 00_download.py --imagenet
+IMAGENET = "resnet18-f37072fd.pth"  # of 00_download.py --imagenet
 
 
 def columns(codes):
-    """Numbers of `codes` among the 71 columns of labels and logits."""
+    """Column numbers of `codes` in labels and logits."""
     return [CODES.index(c) for c in codes]
 
 
 def highpass(x):
-    """0.5 Hz Butterworth of order 1, zero phase (3.2): x [..., 1000] -> the same."""
+    """0.5 Hz Butterworth, order 1, zero phase (3.2): x [..., 1000] -> the same."""
     b, a = butter(1, 0.5, "highpass", fs=RATE)
     return filtfilt(b, a, x, axis=-1)
 
 
 # ---- Settings
 
-SETTINGS = {  # ours, the authors'; * from their code, as the paper does not say
-    "recipe": ("default", "paper"),
-    "seed": (42, 42),
+SETTINGS = dict(  # ours, the authors'; * from their code, as the paper does not say
+    recipe=("default", "paper"),
+    seed=(42, 42),
     # Network (3.3)
-    "width": (32, 64),  # channels of the first stage
-    "dropout": (0.2, 0.35),  # before the last stage *
-    "linear_dropout": (0.5, 0.0),  # before the linear layer of a black box
-    "scale_input": (True, False),  # standardise each lead, as on folds 1-8
-    "start": ("random", "imagenet"),  # of 2D backbones; 1D: random
-    "pool": ("meanmax", "mean"),  # over time, of 1D and black boxes
-    "add_on": ("centred", "sigmoid"),  # centred: linear, mean 0, variance 1 *
-    "latent_dim": (128, 0),  # D; 0: as many as channels, 512 *
-    "per_class": ((5, 5, 5), (5, 18, 7)),  # prototypes: 1D, partial, global *
-    "a": ((1.0, 1.0, 1.0), (1.0, 13.0, 4.0)),  # scale of Eq. (1) *
-    "top_k": (5, 30),  # windows in a partial score; 30: all *
-    "tie": ("class", "none"),  # class: one weight for all its prototypes
+    width=(32, 64),  # channels of the first stage
+    dropout=(0.2, 0.35),  # before the last stage *
+    linear_dropout=(0.5, 0.0),  # before a black box's linear layer
+    scale_input=(True, False),  # standardise leads, by folds 1-8
+    start=("random", "imagenet"),  # of 2D backbones; 1D: random
+    pool=("meanmax", "mean"),  # over time; 1D, black boxes
+    add_on=("centred", "sigmoid"),  # centred: linear, mean 0, variance 1 *
+    latent_dim=(128, 0),  # D; 0: as channels, 512
+    per_class=((5, 5, 5), (5, 18, 7)),  # prototypes: 1D, partial, global *
+    a=((1.0, 1.0, 1.0), (1.0, 13.0, 4.0)),  # scale of Eq. (1) *
+    top_k=(5, 30),  # windows in a partial score; 30: all *
+    tie=("class", "none"),  # class: its prototypes share one weight
     # Loss (3.4)
-    "lambda_clst": (0.02, 0.004),  # * ours are small, as the BCE of rare labels is
-    "lambda_sep": (0.004, 0.0004),  # *
-    "lambda_div": (0.1, 250.0),  # *
-    "lambda_cntrst": (0.1, 600.0),  # *
-    "auxiliary": (1.0, 0.0),  # weight of a black box's BCE, on the same backbone
-    "class_weights": (False, True),  # w of Eq. (3) *; in our recipe of mean 1
-    "sampler": ("shuffle", "shuffle"),  # or weighted: rare labels more often
+    lambda_clst=(0.02, 0.004),  # * ours: small, as rare labels' BCE
+    lambda_sep=(0.004, 0.0004),  # *
+    lambda_div=(0.1, 250.0),  # *
+    lambda_cntrst=(0.1, 600.0),  # *
+    auxiliary=(1.0, 0.0),  # weight of a black box's BCE, same backbone
+    class_weights=(False, True),  # w of Eq. (3) *; ours: of mean 1
+    sampler=("shuffle", "shuffle"),  # or weighted: rare labels more often
     # Stage 1 (3.5, Appendix E)
-    "head": ("free", "frozen"),  # whether W learns *
-    "own": (1.0, 0.0),  # weight of the BCE of own-class weights alone
-    "head_start": ((10.0, 0.0), (1.0, -0.5)),  # W_cp: own class, others
-    "epochs": (45, 200),
-    "patience": (45, 10),  # epochs without a better fold 9
-    "batch": (64, 32),  # *
-    "lr": (3e-3, 1e-4),  # *
-    "optimizer": ("adamw", "adam"),  # adam: weight decay is an L2 term
-    "weight_decay": (0.02, 1.7e-4),  # *
-    "scheduler": ("onecycle", "cosine"),  # *
-    "augment": (True, False),  # 02's augment
-    "crop": (500, 1000),  # samples, up to 4/5 of the epochs; global: all
-    "ema": (0.99, 0.0),  # moving average of the weights
+    head=("free", "frozen"),  # whether W learns *
+    own=(1.0, 0.0),  # weight of the BCE of own-class weights alone
+    head_start=((10.0, 0.0), (1.0, -0.5)),  # W_cp: own class, others
+    epochs=(45, 200),
+    patience=(45, 10),  # epochs without a better fold 9
+    batch=(64, 32),
+    lr=(3e-3, 1e-4),  # *
+    optimizer=("adamw", "adam"),  # adam: decay is an L2 term
+    weight_decay=(0.02, 1.7e-4),  # *
+    scheduler=("onecycle", "cosine"),  # or step *
+    augment=(True, False),  # 02's augment
+    crop=(500, 1000),  # samples, to 4/5 of epochs; global: all
+    ema=(0.99, 0.0),  # moving average of weights
     # Stages 2 and 3
-    "unique": (True, False),  # prototypes of a class lie apart (03)
-    "own_patient": (False, True),  # whether prototypes count for their patient
-}
+    unique=(True, False),  # prototypes of a class lie apart (03)
+    own_patient=(False, True),  # prototypes count for their patient
+)
 Config = make_dataclass(
     "Config", [(k, type(a), a) for k, (a, _) in SETTINGS.items()], frozen=True)
-RECIPES = {"default": Config(), "paper": Config(*(b for _, b in SETTINGS.values()))}
+RECIPES = dict(default=Config(), paper=Config(*(b for _, b in SETTINGS.values())))
 
 
 # ---- Backbone (3.3)
 
 class Conv(nn.Conv1d):
-    """A 1D convolution as a faster 2D one: x [1, C, B, L], the batch as height."""
+    """A 1D convolution as a faster 2D one of x [1, C, B, L]."""
 
     def forward(self, x):
         weight, stride = self.weight[:, :, None], (1, *self.stride)
         if weight.requires_grad:  # oneDNN adds 0 times memory that may hold NaN
-            weight.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
+            weight.register_hook(lambda g: g.nan_to_num(0, 0, 0))
         return F.conv2d(x, weight, stride=stride, padding=(0, *self.padding))
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut (He et al. 2015), named as torchvision's."""
+    """Two convolutions, a shortcut (He et al. 2015); torchvision's names."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -193,24 +193,24 @@ def similarity(z, p, a=1.0):
     windows = z.to(p.dtype).unfold(2, p.shape[2], 1)  # [B, D, L-T+1, T]
     windows = windows.transpose(1, 2).flatten(2)  # [B, L-T+1, D T]
     unit_z = F.normalize(windows, dim=2)  # z / |z|
-    unit_p = F.normalize(p.flatten(1), dim=1)  # p / |p|
+    unit_p = F.normalize(p.flatten(1))  # p / |p|
     with torch.autocast(z.device.type, enabled=False):  # bf16 blurs cosines near 1
         return a * (unit_z @ unit_p.T).transpose(1, 2)  # Eq. (1)
 
 
 def pool_over_time(h, how):
-    """h [B, D, L] -> its mean [B, D, 1]; meanmax: and its maximum [B, 2 D, 1]."""
+    """h [B, D, L] -> mean [B, D, 1]; meanmax: and maximum [B, 2 D, 1]."""
     mean = h.mean(2, keepdim=True)
     return mean if how == "mean" else torch.cat([mean, h.amax(2, keepdim=True)], 1)
 
 
 class BlackBox(nn.Module):
-    """The baselines of 4.3: backbone, pooling over time and a linear layer."""
+    """A baseline of 4.3: backbone, pooling over time, linear layer."""
 
     def __init__(self, classes, cfg):
         super().__init__()
         self.kind, self.classes, self.pool = "blackbox", list(classes), cfg.pool
-        self.register_buffer("mean", torch.zeros(12, 1))  # Config.scale_input
+        self.register_buffer("mean", torch.zeros(12, 1))  # scale_input
         self.register_buffer("std", torch.ones(12, 1))
         self.backbone = ResNet18(cfg.width, cfg.dropout)
         self.dropout = nn.Dropout(cfg.linear_dropout)
@@ -232,13 +232,13 @@ class BlackBox(nn.Module):
 class ProtoECGNet(BlackBox):
     """A branch: backbone, add-on, prototypes p [P, D, T], linear head W [C, P] (3.3).
 
-    kind is "1d", "partial" or "global", per_class [C] the number of prototypes.
+    kind: "1d", "partial" or "global"; per_class [C]: numbers of prototypes.
     p_class [P] says whose a prototype is, p_patient [P] for whom it does not count.
     With cfg.tie = "class" the head sees mean similarities to classes: W = V A^T.
     """
 
     def __init__(self, kind, classes, per_class, cfg):
-        super().__init__(CODES, cfg)  # its linear layer is for Config.auxiliary
+        super().__init__(CODES, cfg)  # linear: for Config.auxiliary
         self.kind, self.classes = kind, list(classes)
         self.a = cfg.a[list(WINDOW).index(kind)]
         self.top_k = cfg.top_k if kind == "partial" else 1
@@ -250,12 +250,12 @@ class ProtoECGNet(BlackBox):
         shape = len(p_class), dim, WINDOW[kind]
         if cfg.add_on == "sigmoid":  # as in the authors' code
             first, second = nn.Conv1d(channels, dim, 1), nn.Conv1d(dim, dim, 1)
-            for layer in (first, second) if kind != "1d" else ():
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+            for m in (first, second) if kind != "1d" else ():
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(m.bias)
             self.add_on = nn.Sequential(first, nn.ReLU(), second, nn.Sigmoid())
             self.p = nn.Parameter(torch.randn(shape))
-        else:  # latents share no direction, so that a cosine can be 0
+        else:  # latents share no direction: a cosine can be 0
             self.add_on = nn.Sequential(
                 nn.Conv1d(channels, dim, 1, bias=False), nn.BatchNorm1d(dim, affine=False))
             self.p = nn.Parameter(torch.rand(shape) - 0.5)
@@ -263,7 +263,7 @@ class ProtoECGNet(BlackBox):
         mean_of = of_class / of_class.sum(0).clamp_min(1)
         A = mean_of if cfg.tie == "class" else torch.eye(len(p_class))
         self.register_buffer("A", A, persistent=False)  # [P, C] or [P, P]
-        self.register_buffer("own", of_class.T @ A > 0, persistent=False)  # [C, .], as V
+        self.register_buffer("own", of_class.T @ A > 0, persistent=False)  # [C, .]
         self.head = nn.Linear(A.shape[1], len(classes))
         self.head.weight.data = torch.where(self.own, *cfg.head_start)  # W_cp of 3.5
         nn.init.zeros_(self.head.bias)
@@ -277,15 +277,15 @@ class ProtoECGNet(BlackBox):
         return self.add_on(pool_over_time(h, self.pool) if self.kind == "1d" else h)
 
     def scores(self, z):
-        """z [B, D, L] -> s [B, P]: the mean of the top-k windows; 1D, global: the one."""
+        """z [B, D, L] -> s [B, P], the mean of the top-k windows (1D, global have 1)."""
         S = similarity(z, self.p, self.a)  # [B, P, windows]
         k = min(self.top_k, S.shape[2])
-        return S.mean(2) if k == S.shape[2] else S.topk(k, dim=2).values.mean(2)
+        return S.mean(2) if k == S.shape[2] else S.topk(k).values.mean(2)
 
     def logits(self, s, own=False):
         """s [B, P] -> logits [B, C], with `own` of own-class weights alone."""
         V = self.head.weight * self.own if own else self.head.weight
-        with torch.autocast(s.device.type, enabled=False):  # differences are small
+        with torch.autocast(s.device.type, enabled=False):  # bf16 is too coarse
             return F.linear(s @ self.A, V, self.head.bias)
 
     def forward(self, x):
@@ -293,8 +293,8 @@ class ProtoECGNet(BlackBox):
 
 
 def window_samples(kind, window):
-    """(first, end) sample that a latent window stands for (Appendix D): of a partial one
-    0.94 s around the middle one of its three steps, 32 samples each; else all."""
+    """(first, end) sample of a latent window (Appendix D): of a partial one 0.94 s around
+    the middle of its three steps of 32 samples; else all."""
     if kind != "partial":
         return 0, SAMPLES
     centre = 32 * (window + 1)
@@ -304,31 +304,31 @@ def window_samples(kind, window):
 # ---- AUROC (3.1)
 
 def auroc(y, score):
-    """AUROC of each column (Mann-Whitney): y, score [N, C] -> [C]; NaN if all y agree."""
+    """AUROC of columns (Mann-Whitney): y, score [N, C] -> [C]; NaN if all y agree."""
     y = np.asarray(y, bool)
     ranks = rankdata(score, axis=0)
     positive = y.sum(0)
     negative = len(y) - positive
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
         wins = (ranks * y).sum(0) - positive * (positive + 1) / 2
         return wins / (positive * negative)
 
 
 def macro_auroc(y, score):
-    """Mean AUROC over the columns with positives and negatives; NaN if none has."""
+    """Mean AUROC over columns with both classes; NaN if none has."""
     each = auroc(y, score)
-    return float(np.nanmean(each)) if np.isfinite(each).any() else float("nan")
+    return float(np.nanmean(each)) if np.isfinite(each).any() else np.nan
 
 
-# ---- A finished run, for 06 and for notebooks
+# ---- A finished run, for 06 and notebooks
 
 def load_run(run, models=None, device="cpu"):
-    """The classifiers of a run folder: `models`, or its fusion, or else each model's own.
+    """The classifiers of a run: `models`, or its fusion, or else each model's own.
 
-    Each is a namespace of name, classes [C], W [C, F], b [C], mean, std [F], thresholds
-    [C] on the logit, pieces [F] (classes), A [P, F] (whose mean similarity a piece is),
-    descriptions {code: text}, mark (of other data than PTB-XL), networks, and
-    prototypes [P], dicts of prototypes.json with the ECG x [12, 1000] mV.
+    Each has name, classes [C], W [C, F], b [C], mean, std [F], thresholds [C] on the
+    logit, pieces [F] (classes), A [P, F] (whose mean similarity a piece is),
+    descriptions {code: text}, mark (of other data than PTB-XL), networks,
+    prototypes [P]: dicts of prototypes.json with the ECG x [12, 1000] mV.
     """
     args = SimpleNamespace(run=Path(run), prep=None, device=torch.device(device))
     fusion = ["fusion"] if (args.run / "classifiers/fusion.pt").is_file() else None
@@ -336,7 +336,7 @@ def load_run(run, models=None, device="cpu"):
     for name in models or fusion or trained_models(args.run):
         saved = load(args.run / f"classifiers/{name}.pt", "04_fusion.py", args)
         head = SimpleNamespace(**saved.pop("meta"), networks=[], prototypes=[])
-        vars(head).update({key: array.numpy() for key, array in saved.items()})
+        vars(head).update({k: v.numpy() for k, v in saved.items()})
         for branch in head.branches:
             folder, maker = args.run / branch, "03_project.py"
             head.networks.append(load_model(folder / "projected.pt", maker, args)[0])
@@ -352,24 +352,24 @@ def load_run(run, models=None, device="cpu"):
 
 @torch.no_grad()
 def similarities(head, x):
-    """x [B, 12, 1000] mV, filtered -> s [B, P] of all branches side by side, Eq. (9)."""
-    x = torch.as_tensor(x, dtype=torch.float32, device=head.networks[0].p.device)
-    s = [network.scores(network.latent(x)) for network in head.networks]
+    """x [B, 12, 1000] mV, filtered -> s [B, P] of all branches, Eq. (9)."""
+    x = torch.as_tensor(x).to(head.networks[0].p)
+    s = [n.scores(n.latent(x)) for n in head.networks]
     return torch.cat(s, 1).cpu().double().numpy()
 
 
 def evidence(s, A, counts=True):
-    """s [N, P] -> its means [N, F] over the prototypes of each piece, which A [P, F] has,
-    that count [N, P]; NaN where none does."""
-    counts = np.broadcast_to(counts, s.shape).astype(np.float64)
+    """s [N, P] -> means [N, F] over those prototypes of a piece (A [P, F]) that count
+    [N, P]; NaN where none does."""
+    counts = np.broadcast_to(counts, s.shape).astype(float)
     with np.errstate(invalid="ignore"):
         return (s * counts) @ A / (counts @ A)
 
 
 def explain(heads, x, patient=None):
     """What classifiers say of x [12, 1000] mV, filtered, and why: a dict a label, the most
-    probable first. Its `pieces`, the largest first, lead from `average`, the logit of
-    the average training record, to `logit`; no prototype of `patient` counts."""
+    probable first. `pieces`, largest first, their prototypes nearest first, lead from
+    the average training record's logit to `logit`; none of `patient` counts."""
     results = []
     for head in heads:
         s = similarities(head, np.array(x)[None])[0]  # [P]
@@ -388,16 +388,16 @@ def explain(heads, x, patient=None):
                 "mean": head.mean[f], "std": head.std[f], "prototypes": [
                     {**known[j], "similarity": s[j]} for j in nearest if head.A[j, f]]})
         for c, code in enumerate(head.classes):
-            order = np.argsort(-np.abs(terms[c]), kind="stable")
+            order = np.argsort(-abs(terms[c]), kind="stable")
             logit = head.b[c] + terms[c].sum()  # Eq. (10)
             p, threshold = expit([logit, head.thresholds[c]])
             some = [f for f in order if head.W[c, f] and pieces[f]["prototypes"]]
-            results.append({
-                "label": code, "classifier": head.name, "probability": p,
-                "threshold": threshold, "predicted": bool(p >= threshold),
-                "logit": logit, "average": head.b[c], "pieces": [
+            results.append(dict(
+                label=code, classifier=head.name, probability=p,
+                threshold=threshold, predicted=bool(p >= threshold),
+                logit=logit, average=head.b[c], pieces=[
                     {**pieces[f], "weight": head.W[c, f], "contribution": terms[c, f]}
-                    for f in some]})
+                    for f in some]))
     return sorted(results, key=lambda r: -r["probability"])
 
 
@@ -410,26 +410,26 @@ def predict(heads, x):
     return out
 
 
-# ---- Command line: a flag is the same in every stage that has it
+# ---- Command line: flags are the same in all stages
 
-FLAGS = {
-    "data": dict(type=Path, help="folder of the records (default data/ptbxl)"),
-    "prep": dict(type=Path, help="folder of the arrays (default runs/prep)"),
-    "run": dict(type=Path, help="folder of a training (default runs/RECIPE)"),
-    "recipe": dict(choices=list(RECIPES), help="ours (default), or the authors'"),
-    "model": dict(
-        nargs="+", choices=list(MODELS), metavar="MODEL",
-        help=f"some of {', '.join(MODELS)} (default: the branches, or all in RUN)"),
-    "seed": dict(type=int, default=42, help="of everything random (default 42)"),
-    "device": dict(help="cpu, or cuda (the default if there is one)"),
-    "threads": dict(type=int, help="CPU threads (default: all; if busy, take 1)"),
-    "demo": dict(action="store_true", help="small, on synthetic records, in own folders"),
-}
+FLAGS = dict(
+    data=dict(type=Path, help="folder of records (default data/ptbxl)"),
+    prep=dict(type=Path, help="folder of arrays (default runs/prep)"),
+    run=dict(type=Path, help="folder of a run (default runs/RECIPE)"),
+    recipe=dict(choices=[*RECIPES], help="ours (default), or the authors'"),
+    model=dict(
+        nargs="+", choices=[*MODELS], metavar="MODEL",
+        help=f"some of {', '.join(MODELS)} (default: branches, or all in RUN)"),
+    seed=dict(type=int, default=42, help="of everything random (default 42)"),
+    device=dict(help="cpu, or cuda (default if there is one)"),
+    threads=dict(type=int, help="CPU threads (default: all; if busy: 1)"),
+    demo=dict(action="store_true", help="small, synthetic, in own folders"),
+)
 RUN_FLAGS = "prep", "run", "recipe", "model", "device", "threads", "demo"
 
 
 def argument_parser(doc, *flags):
-    """An ArgumentParser with some of FLAGS, whose --help is a stage's docstring."""
+    """A parser of some FLAGS, whose --help is a stage's docstring."""
     p = argparse.ArgumentParser(
         usage="%(prog)s ...", description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -442,47 +442,47 @@ def argument_parser(doc, *flags):
 
 
 def parse(p):
-    """Every stage's `args`: default folders filled in, threads and device set."""
+    """A stage's `args`, with default folders; sets threads and device."""
     args = p.parse_args()
-    for stream in (sys.stdout, sys.stderr):  # of consoles that lack a letter
-        stream.reconfigure(errors="backslashreplace")
-    usual = {"data": "data/ptbxl", "prep": "runs/prep", "run": f"runs/{args.recipe}"}
+    for stream in (sys.stdout, sys.stderr):  # consoles may lack letters
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    usual = dict(data="data/ptbxl", prep="runs/prep", run=f"runs/{args.recipe}")
     if args.demo:
-        run = {"default": "runs/demo", "paper": "runs/demo-paper"}[args.recipe]
-        usual = {"data": "data/demo", "prep": "runs/demo-prep", "run": run}
+        run = dict(default="runs/demo", paper="runs/demo-paper")[args.recipe]
+        usual = dict(data="data/demo", prep="runs/demo-prep", run=run)
     for k, folder in usual.items():
         setattr(args, k, getattr(args, k, None) or Path(folder))
-    torch.set_flush_denormal(True)  # weights below 1e-38 slow a CPU down
+    torch.set_flush_denormal(True)  # weights below 1e-38 are slow
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        if libc.mallopt(-3, 2**25):  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
+        if libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
             libc.mallopt(-1, 2**31 - 1)  # keep memory; new pages cost a fifth of a step
     if args.threads:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads, user_api="blas")
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: this torch finds no GPU; try --device cpu")
+        p.error("--device cuda: torch finds no GPU; try --device cpu")
     return args
 
 
 def trained_models(run):
-    """The prototype models of a run, in the order of MODELS."""
+    """The prototype models of a run, as in MODELS."""
     names = [m for m in MODELS if m not in BOXES and (run / m / "joint.pt").is_file()]
     return names or sys.exit(f"{run} holds no branch: run 02_train_joint.py first")
 
 
 def run(main):
-    """Call a stage's main(); Ctrl-C and the system's errors end it in one sentence."""
+    """Call main(); Ctrl-C and the system's errors end it in one sentence."""
     try:
         main()
     except (KeyboardInterrupt, OSError) as e:
-        sys.exit(str(e) or "\ninterrupted: the same command goes on")
+        sys.exit(str(e) or "\ninterrupted: give the command again")
 
 
 # ---- Files: whole or not written; each says what it was made from
 
 def save(path, value):
-    """Write .npy, .npy.gz, .pt, .json, text or bytes: all of it, at once."""
+    """Write .npy, .npy.gz, .pt, .json, text or bytes: all at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()  # as torch would store the temporary name
     if ".npy" in path.suffixes:
@@ -502,13 +502,13 @@ def save(path, value):
 
 
 def load(path, maker, args=None):
-    """The value of a file of stage `maker`; exits when it is missing or damaged and, with
-    `args`, when what it was made from in RUN or PREP has changed."""
+    """The value of a file of stage `maker`; exits if it is missing or damaged and, with
+    `args`, if what it was made from has changed."""
     if not path.is_file():
         sys.exit(f"{path} is missing: run {maker} first")
     try:
         if path.suffix == ".npy":
-            return np.lib.format.open_memmap(path, "c")  # no pickle, no archive
+            return np.lib.format.open_memmap(path, "c")  # no pickle
         if path.suffix == ".gz":
             return np.lib.format.read_array(gzip.open(path), allow_pickle=False)
         if path.suffix == ".pt":
@@ -518,17 +518,17 @@ def load(path, maker, args=None):
         meta = value["meta"] if path.suffix == ".pt" else value
         assert meta["format"] == FORMAT and isinstance(meta["made_from"], dict)
     except Exception:  # of many kinds
-        sys.exit(f"{path} is damaged, or of another version: run {maker} again")
-    for name, fingerprint in meta["made_from"].items():
+        sys.exit(f"{path} is damaged or of another version: run {maker} again")
+    for name, hashed in meta["made_from"].items():
         folder = args and (args.prep if name == "preprocess.json" else args.run)
         source = folder and folder / name
-        if source and (not source.is_file() or file_hash(source) != fingerprint):
+        if source and (not source.is_file() or file_hash(source) != hashed):
             sys.exit(f"{path} was made from another {source}: delete it, run {maker} again")
     return value
 
 
 def provenance(args, *inputs):
-    """Hashes of `inputs` [(path, its meta)] and of theirs, all commands, versions."""
+    """Hashes of `inputs` [(path, meta)] and of their inputs; commands; versions."""
     made_from, commands = {}, []
     for path, meta in inputs:
         folder = args.prep if path.parent == args.prep else args.run
@@ -536,12 +536,12 @@ def provenance(args, *inputs):
         made_from.update({**meta["made_from"], name: file_hash(path)})
         commands += meta["commands"]
     own = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    again = own in commands and commands[-1] != own  # 03, in a second round
+    again = own in commands and commands[-1] != own  # 03, in round 2
     commands.append(f"{own}  # again" if again else own)
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return {
-        "format": FORMAT, "made_from": made_from, "versions": versions,
-        "commands": list(dict.fromkeys(commands))}
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__))
+    return dict(
+        format=FORMAT, made_from=made_from, versions=versions,
+        commands=[*dict.fromkeys(commands)])
 
 
 def file_hash(path):
@@ -569,7 +569,7 @@ def load_prep(folder):
 
 
 def load_model(path, maker, args):
-    """(model in evaluation mode, its meta) of a joint.pt or projected.pt."""
+    """(model in evaluation mode, meta) of joint.pt or projected.pt."""
     saved = load(path, maker, args)
     model = build(saved["meta"])
     model.load_state_dict(saved["state"])
@@ -577,7 +577,7 @@ def load_model(path, maker, args):
 
 
 def build(meta):
-    """An untrained model as `meta` (of 02's describe) has it."""
+    """An untrained model of `meta` (02's describe)."""
     cfg, kind = Config(**meta["config"]), MODELS[meta["model"]][0]
     if kind == "blackbox":
         return BlackBox(meta["classes"], cfg)
@@ -586,7 +586,7 @@ def build(meta):
 
 @torch.no_grad()
 def batched(f, prep, rows, device, what=None, batch=256):
-    """f(x) [B, ...] over prep.signals[rows], on the CPU; in full batches, so that no
+    """f(x) [B, ...] over prep.signals[rows], on the CPU; in full batches: no
     result depends on how many rows there are."""
     out, x = [], torch.zeros(batch, len(LEADS), SAMPLES)
     for i in tqdm(range(0, len(rows), batch), what, leave=False, disable=None):

@@ -432,7 +432,7 @@ def ratings(path, reviewer, scores, made="m"):
     for j, (r, c, mark) in enumerate(scores):
         rated = {k: str(v) for k, v in (("representativeness", r), ("clarity", c)) if v}
         each[f"rhythm/{j}"] = {"class": "SR", **rated, "mark": mark or "", "comment": ""}
-    value = {"format": 2, "kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
+    value = {"kind": "protoecgnet-ratings", "reviewer": reviewer, "run": "r",
              "made": [made], "ratings": each}
     path.write_text(json.dumps(value))
     return path

@@ -484,7 +484,7 @@ print({p["num_threads"] for p in threadpoolctl.threadpool_info() if p["user_api"
 
 
 @pytest.mark.parametrize("error, says", [
-    (KeyboardInterrupt(), "the same command goes on"),
+    (KeyboardInterrupt(), "give the command again"),
     (OSError(28, "No space left on device", "joint.pt"), "No space left on device: 'joint.pt'")])
 def test_run_ends_in_one_sentence(error, says):
     def main():

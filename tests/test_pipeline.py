@@ -54,7 +54,7 @@ def test_budgets(script):
 def test_budget_of_all_scripts():
     lines = [line for script in SCRIPTS for line in lines_of(script)]
     assert len(lines) <= 2800 and sum(len(line.encode()) + 1 for line in lines) <= 150_000
-    assert np.mean([len(line) for line in lines if line.strip()]) <= 53.5  # of the 52 asked for
+    assert np.mean([len(line) for line in lines if line.strip()]) <= 52
 
 
 def test_budget_of_readme_and_tests():
