@@ -96,7 +96,8 @@ def compare(old, new):
         elif old[key] == new[key]:
             same += 1
         elif isinstance(old[key], list) and len(old[key]) == len(new[key]):
-            print(f"largest difference {np.abs(np.subtract(old[key], new[key])).max():.1e}: {key}")
+            moves = np.subtract(np.array(old[key], float), np.array(new[key], float))  # None: NaN
+            print(f"largest difference {np.nanmax(np.abs(moves)):.1e}: {key}")
         else:
             print(f"different: {key}: {old[key]} {new[key]}")
     print(f"{same} of {len({*old, *new})} are equal")
