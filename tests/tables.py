@@ -44,9 +44,8 @@ Fold 10 is not untouched: most settings of the default recipe were tried in runs
 were seen too, and it was read for recipes before this one. Epoch, L1 strength and thresholds are
 chosen on fold 9 alone.
 
-The run of the paper recipe was trained with an earlier version of the code, whose first prototypes lay
-between 0 and 1, and whose class weights stood on both terms of Eq. (3); Stages 2 and 3 are the present
-ones. Its epochs are those of the last round."""
+The run of the paper recipe has two rounds of rhythm and global and so far one of morphology. Its
+epochs and minutes are those of the last round."""
 
 
 def load_runs():
