@@ -31,7 +31,7 @@ def project(z, carries, p, p_class, unique=False):
         members = np.flatnonzero(carries[:, c])  # Z_j of Eq. (8)
         S, p_own = [], p[own].double()
         for part in np.array_split(members, -(-len(members) // 512)):
-            S.append(common.similarity(z[part].double(), p_own).float())
+            S.append(common.similarity(z[part].double(), p_own).float())  # equal ones tie
         S = torch.cat(S).transpose(0, 1).numpy()  # [own, n, windows]
         free = S.copy()
         for i in np.argsort(-S.max((1, 2)), kind="stable"):

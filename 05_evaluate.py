@@ -257,8 +257,8 @@ of the AUROC over the classes in a batch.
 ## The cost of interpretability
 {costs}
 
-Macro-AUROC on the model's labels: after Stage 1; after projection, with its head; of
-Stage 3's classifier on prototypes before and after projection; of a black box. Gap:
+Macro-AUROC on the model's labels: after Stage 1; after projection, with Stage 1's head;
+of Stage 3's classifier on prototypes before and after projection; of a black box. Gap:
 mean of 1 - cosine of prototype and patch. Distinct: different patches in a class.
 
 ## Training
