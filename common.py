@@ -62,7 +62,7 @@ IMAGENET = "resnet18-f37072fd.pth"  # of 00_download.py --imagenet
 
 
 def columns(codes):
-    """Column numbers of `codes` in labels and logits."""
+    """Columns of `codes` in labels and logits."""
     return [CODES.index(c) for c in codes]
 
 
@@ -342,8 +342,8 @@ def load_run(run, models=None, device="cpu"):
             head.networks.append(load_model(folder / "projected.pt", maker, args)[0])
             info = load(folder / "prototypes.json", maker, args)
             ecgs = load(folder / "prototypes.npy.gz", maker)  # uV
-            pairs = zip(info["prototypes"], ecgs)
-            head.prototypes += [{**q, "x": x / 1000} for q, x in pairs]
+            head.prototypes += [
+                {**q, "x": x / 1000} for q, x in zip(info["prototypes"], ecgs)]
             head.descriptions, data = info["descriptions"], info["data"]
             head.mark = "" if data == "PTB-XL v1.0.3" else f"{data}: "
         heads.append(head)
@@ -377,28 +377,32 @@ def explain(heads, x, patient=None):
         counts = (patients < 0) | (patients != patient)
         mean_s = evidence(s[None], head.A, counts)[0]  # [F]
         terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
-        nearest = [j for j in np.argsort(-s, kind="stable") if counts[j]]
-        keys = "model", "index", "ecg_id"
-        known = [{k: q[k] for k in keys} for q in head.prototypes]
-        pieces = []
-        for f, code in enumerate(head.pieces):
-            like = "like" if mean_s[f] > head.mean[f] else "unlike"
-            pieces.append({
-                "class": code, "claim": f"{like} {code}", "similarity": mean_s[f],
-                "mean": head.mean[f], "std": head.std[f], "prototypes": [
-                    {**known[j], "similarity": s[j]} for j in nearest if head.A[j, f]]})
+        logits = head.b + terms.sum(1)  # Eq. (10)
+        pieces = _pieces(head, s, mean_s, counts)
         for c, code in enumerate(head.classes):
-            order = np.argsort(-abs(terms[c]), kind="stable")
-            logit = head.b[c] + terms[c].sum()  # Eq. (10)
-            p, threshold = expit([logit, head.thresholds[c]])
-            some = [f for f in order if head.W[c, f] and pieces[f]["prototypes"]]
+            p, threshold = expit([logits[c], head.thresholds[c]])
+            largest = np.argsort(-abs(terms[c]), kind="stable")
             results.append(dict(
                 label=code, classifier=head.name, probability=p,
                 threshold=threshold, predicted=bool(p >= threshold),
-                logit=logit, average=head.b[c], pieces=[
+                logit=logits[c], average=head.b[c], pieces=[
                     {**pieces[f], "weight": head.W[c, f], "contribution": terms[c, f]}
-                    for f in some]))
+                    for f in largest if head.W[c, f] and pieces[f]["prototypes"]]))
     return sorted(results, key=lambda r: -r["probability"])
+
+
+def _pieces(head, s, mean_s, counts):
+    """What similarities s [P], their means mean_s [F] say of each class."""
+    nearest = [j for j in np.argsort(-s, kind="stable") if counts[j]]
+    known = [{k: q[k] for k in ("model", "index", "ecg_id")} for q in head.prototypes]
+    pieces = []
+    for f, code in enumerate(head.pieces):
+        like = "like" if mean_s[f] > head.mean[f] else "unlike"
+        pieces.append({
+            "class": code, "claim": f"{like} {code}", "similarity": mean_s[f],
+            "mean": head.mean[f], "std": head.std[f], "prototypes": [
+                {**known[j], "similarity": s[j]} for j in nearest if head.A[j, f]]})
+    return pieces
 
 
 def predict(heads, x):
@@ -431,13 +435,11 @@ RUN_FLAGS = "prep", "run", "recipe", "model", "device", "threads", "demo"
 def argument_parser(doc, *flags):
     """A parser of some FLAGS, whose --help is a stage's docstring."""
     p = argparse.ArgumentParser(
-        usage="%(prog)s ...", description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage="%(prog)s ...", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in flags:
         p.add_argument(f"--{name}", **FLAGS[name])
-    cuda = torch.cuda.is_available()
-    p.set_defaults(
-        recipe="default", threads=None, demo=False, device="cuda" if cuda else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p.set_defaults(recipe="default", threads=None, demo=False, device=device)
     return p
 
 
@@ -456,12 +458,15 @@ def parse(p):
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
             libc.mallopt(-1, 2**31 - 1)  # keep memory; new pages cost a fifth of a step
-    if args.threads:
-        torch.set_num_threads(args.threads)
-        threadpool_limits(args.threads, user_api="blas")
-    args.device = torch.device(args.device)
+    try:
+        args.device = torch.device(args.device)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+            threadpool_limits(args.threads, user_api="blas")
+    except RuntimeError as e:
+        p.error(f"--device, --threads: {e}")
     if args.device.type == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: torch finds no GPU; try --device cpu")
+        p.error("--device cuda: torch finds no GPU; try cpu")
     return args
 
 
@@ -472,7 +477,7 @@ def trained_models(run):
 
 
 def run(main):
-    """Call main(); Ctrl-C and the system's errors end it in one sentence."""
+    """Call main(); Ctrl-C and the system's errors are one sentence."""
     try:
         main()
     except (KeyboardInterrupt, OSError) as e:
@@ -539,9 +544,8 @@ def provenance(args, *inputs):
     again = own in commands and commands[-1] != own  # 03, in round 2
     commands.append(f"{own}  # again" if again else own)
     versions = dict(python=platform.python_version(), torch=str(torch.__version__))
-    return dict(
-        format=FORMAT, made_from=made_from, versions=versions,
-        commands=[*dict.fromkeys(commands)])
+    return dict(format=FORMAT, made_from=made_from, versions=versions,
+                commands=[*dict.fromkeys(commands)])
 
 
 def file_hash(path):
@@ -593,6 +597,4 @@ def batched(f, prep, rows, device, what=None, batch=256):
         part = rows[i:i + batch]
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
-        if not out[-1].isfinite().all():
-            sys.exit("the network gives no number: run 02_train_joint.py with a lower lr")
     return torch.cat(out)

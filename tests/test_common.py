@@ -462,7 +462,8 @@ def test_default_folders(monkeypatch, flags, run, prep):
     assert [str(args.run), str(args.prep)] == [run, prep]
 
 
-@pytest.mark.parametrize("flags", ["--model 3d", "--recipe x", "--seed x", "--x", "--device cuda"])
+@pytest.mark.parametrize("flags", ["--model 3d", "--recipe x", "--seed x", "--x", "--device cuda",
+                                   "--device gpu", "--threads -1"])
 def test_wrong_flags_exit_with_2(monkeypatch, capsys, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as e:
