@@ -51,8 +51,9 @@ CHOICES["scheduler"] += ["step"]
 
 # ---- Data
 
-def augment(x):
-    """Random changes of each record of x [B, 12, 1000] mV that mostly keep its labels.
+def augment(x, samples=SAMPLES):
+    """A crop of each record of x [B, 12, 1000] mV, with random changes that mostly keep
+    its labels -> [B, 12, samples].
 
     Not always: a shift makes an odd beat interval, a blank looks like a pause, and
     another amplitude may cross a voltage criterion (LVH, HVOLT, LVOLT).
@@ -62,14 +63,15 @@ def augment(x):
     def uniform(low, high, n=1):
         return torch.empty(B, n, 1, device=d).uniform_(low, high)
 
-    t = torch.arange(SAMPLES, device=d)
+    t = torch.arange(samples, device=d)
     shift = torch.randint(SAMPLES, (B, 1, 1), device=d)
     x = x.gather(2, ((t + shift) % SAMPLES).expand(-1, leads, -1))  # circular
-    x = x * uniform(0.8, 1.25)  # amplitude
-    x = x + uniform(0, 0.05) * torch.randn_like(x)  # noise, mV
+    x *= uniform(0.8, 1.25)  # amplitude
+    level, noise = uniform(0, 0.05), torch.randn(B, leads, SAMPLES, device=d)
+    x += level * noise[:, :, :samples]  # mV; a crop changes no other draw
     turns = uniform(0.1, 0.5) * t / RATE + uniform(0, 1, leads)
-    x = x + uniform(0, 0.15, leads) * torch.sin(2 * torch.pi * turns)  # wander, mV
-    x = x * (uniform(0, 1, leads) > 0.08)  # lost leads
+    x += uniform(0, 0.15, leads) * turns.mul_(2 * torch.pi).sin_()  # wander, mV
+    x *= uniform(0, 1, leads) > 0.08  # lost leads
     first = torch.randint(SAMPLES, (B, 1, 1), device=d)
     length = torch.randint(150, (B, 1, 1), device=d)  # a blank of up to 1.5 s
     return x * ((t < first) | (t >= first + length))
@@ -161,13 +163,15 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
     if N % cfg.batch == 1:  # a batch of one has no variance
         order = order[:-1]
     model.train()
+    slow, fast = (
+        [t for t in m.state_dict().values() if t.is_floating_point()]
+        for m in (average, model))
     seen, per_epoch = [], -(-N // cfg.batch)
     for step, i in enumerate(order.to(data.rows.device).split(cfg.batch)):
         x, y = data.x[data.rows[i]], data.y[i]
         if cfg.augment:
-            x = augment(x)
-            if model.kind != "global" and epoch <= 0.8 * cfg.epochs:
-                x = x[:, :, :cfg.crop]  # from anywhere, after the shift
+            crop = model.kind != "global" and epoch <= 0.8 * cfg.epochs
+            x = augment(x, cfg.crop if crop else SAMPLES)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
             h = model.features(x)  # [B, 8 * width, L]
             if not boxed:
@@ -191,16 +195,9 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
         scheduler.step()
         if average is not model:
             done = (epoch - 1) * per_epoch + step
-            follow(average, model, 1 - min(cfg.ema, done / (10 + done)))
+            torch._foreach_lerp_(slow, fast, 1 - min(cfg.ema, done / (10 + done)))
         seen.append(torch.stack([*loss.values()]).detach())
     return dict(zip(loss, torch.stack(seen).mean(0).tolist()))
-
-
-def follow(average, model, weight):
-    """Move `average` towards `model`."""
-    for slow, fast in zip(average.state_dict().values(), model.state_dict().values()):
-        if slow.is_floating_point():  # the rest is constant
-            slow.lerp_(fast, weight)
 
 
 def bfloat16_is_fast(device):

@@ -149,7 +149,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(h)) + self.downsample(x), inplace=True)
+        h = self.bn2(self.conv2(h)).add_(self.downsample(x))
+        return F.relu(h, inplace=True)
 
 
 class ResNet18(nn.Module):
@@ -590,8 +591,7 @@ def build(meta):
 
 @torch.no_grad()
 def batched(f, prep, rows, device, what=None, batch=256):
-    """f(x) [B, ...] over prep.signals[rows], on the CPU; in full batches: no
-    result depends on how many rows there are."""
+    """f(x) [B, ...] over prep.signals[rows]; batches are full, so that results agree."""
     out, x = [], torch.zeros(batch, len(LEADS), SAMPLES)
     for i in tqdm(range(0, len(rows), batch), what, leave=False, disable=None):
         part = rows[i:i + batch]

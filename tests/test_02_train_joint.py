@@ -125,7 +125,7 @@ def test_training_is_blind_to_fold_10(tiny_prep, train, tmp_path):
     "kind, epochs, seen", [("1d", 3, 500), ("1d", 2, 1000), ("global", 3, 1000)])
 def test_an_epoch_is_the_steps_of_eq_2_written_out(kind, epochs, seen, monkeypatch):
     """Two batches in float64, crops, the moving average, own-class weights, the auxiliary head."""
-    monkeypatch.setattr(module, "augment", lambda x: x)
+    monkeypatch.setattr(module, "augment", lambda x, samples: x[:, :, :samples])
     cfg = common.Config(width=16, batch=6, dropout=0.0, ema=0.2,
                         latent_dim=5, own=0.25, auxiliary=0.5, epochs=epochs)
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_settings_reach_the_loss_and_the_optimizer(tiny_prep, train, monkeypatch
 def test_a_black_box_has_class_weights_and_a_moving_average(tiny_prep, train, monkeypatch):
     prep = tiny_prep()
     calls = watch(monkeypatch, module, "bce")
-    averages = watch(monkeypatch, module, "follow")
+    averages = watch(monkeypatch, torch, "_foreach_lerp_")
     found = train(model="blackbox-rhythm", epochs=1, class_weights="yes")
     n = prep.labels[prep.train][:, common.columns(found.meta["classes"])].sum(0)
     w, losses = (n.sum() - n) / n, []
@@ -393,7 +393,7 @@ def test_wrong_settings_are_refused_by_name(tmp_path, monkeypatch, capsys, text)
 
 def test_a_loss_that_is_no_number_names_epoch_and_remedy(tiny_prep, train, monkeypatch):
     tiny_prep()
-    monkeypatch.setattr(module, "augment", lambda x: x * np.nan)
+    monkeypatch.setattr(module, "augment", lambda x, samples: x * np.nan)
     with pytest.raises(SystemExit) as e:
         train()
     assert "rhythm" in sentence(e) and "epoch 1" in sentence(e) and "lower lr" in sentence(e)

@@ -80,7 +80,7 @@ def test_what_tuning_refuses_and_what_it_survives(tune, tmp_path, monkeypatch):
     tune(1)
     assert "other settings" in refused(2, "top_k=3") and "other settings" in refused(2, "--seed", 1)
     assert "other settings or data" in refused(2, prep="others")
-    monkeypatch.setattr(stage("02_train_joint"), "augment", lambda x: x * np.nan)
+    monkeypatch.setattr(stage("02_train_joint"), "augment", lambda x, samples: x * np.nan)
     assert "diverged" in refused(2, study="diverging")
     assert tune(2)[1][1] is None  # a pruned trial beside a finished one
 
