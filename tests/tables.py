@@ -29,7 +29,8 @@ MORE = [("fusion, own-class weights only", "fusion-own", *[None] * 4),
 ABLATED = "fusion", "fusion-own", *BRANCHES
 DIGITS = {"dead": 0, "purity lift": 1, "pieces for 95 %": 1}
 COURSE = [  # what, prediction, width, settings that are not the recipe's
-    ("rhythm branch", "rhythm", 32, ()), ("black box", "blackbox-rhythm", 32, ())]
+    ("rhythm branch", "rhythm", 32, ()), ("rhythm branch", "rhythm", 32, ("epochs 30",)),
+    ("black box", "blackbox-rhythm", 32, ())]
 HEAD = """# All results
 
 Written by `python tests/tables.py` from `tests/results/*.json`. Macro-AUROC on the 2,198 records of
@@ -75,7 +76,8 @@ def changed(run):
     found = [f"{k} {v}" for k, v in config.items() if v != usual.get(k, v)]
     for name in [n for n in run["trained"] if n not in BOXES]:
         own = run["trained"][name].get("config", config).items()
-        found += [f"{k} {v} ({name})" for k, v in own if v != config[k]]
+        found += [f"{k} {v} ({name})" for k, v in own if v != config[k]
+                  and (k != "patience" or v < config["epochs"])]  # else it never ends a training
     return tuple(found)
 
 
@@ -168,6 +170,13 @@ def training_table(runs):
                   "hardware"], rows)
 
 
+def minutes(runs, models):
+    """Minutes of Stage 1 of `models` on one core, the mean of runs."""
+    spent = [t["seconds"] * t["threads"] / 60
+             for r in runs for name, t in r["trained"].items() if name in models]
+    return f"{sum(spent) / len(runs):.0f}" if spent else None
+
+
 def curves_of(run):
     """The training curves of a run, where 05's picture of them was kept."""
     name = f"{run['recipe']}-training.png"
@@ -222,9 +231,11 @@ def course_table(runs):
     for what, name, width, changes in COURSE:
         some = [r for r in runs if r["recipe"] == "default" and r["contrastive"]
                 and r["width"] == width and changed(r) == changes and name in r["predictions"]]
-        rows.append([what, *(pooled(some, name, key=key) for key in ("auroc", "per batch"))])
-    rows.append(["the paper's rhythm branch", None, PAPER[0][3]])
-    return table(["model", "macro-AUROC, 16 labels", "mean over batches of 32"], rows)
+        rows.append([", ".join([what, *changes]), minutes(some, [name]), *(
+            pooled(some, name, key=key) for key in ("auroc", "per batch"))])
+    rows.append(["the paper's rhythm branch", None, None, PAPER[0][3]])
+    return table(["model", "core minutes", "macro-AUROC, 16 labels", "mean over batches of 32"],
+                 rows)
 
 
 def recipe_section(what, runs):
@@ -258,7 +269,7 @@ def page():
             for setting, each in named.items():
                 kept = [" / ".join(str(r["trained"][b]["best_epoch"]) for b in BRANCHES
                                    if b in r["trained"]) for r in each]
-                ablations += [[setting, "; ".join(kept), *(
+                ablations += [[setting, "; ".join(kept), minutes(each, BRANCHES), *(
                     pooled(each, name, None, key) for name in ABLATED
                     for key in ("fold 9", "auroc"))]] if each else []
             found = [r for r in those if main and r.get("interpretability", {}).get("")]
@@ -269,8 +280,9 @@ def page():
         HEAD, "## At a glance", recipes_table(recipes),
         "\\* by the authors' measure, the mean over batches of 32 test records.", *sections,
         "## Ablations", "One seed, unless several are named: differences may be chance, most of all in the global "
-        "branch. Epochs kept: of rhythm / morphology / global.",
-        table(["setting", "epochs kept", *(f"{n}, fold {k}" for n in ABLATED for k in (9, 10))], ablations),
+        "branch. Epochs kept: of rhythm / morphology / global. Core minutes: of their last round.",
+        table(["setting", "epochs kept", "core minutes",
+               *(f"{n}, fold {k}" for n in ABLATED for k in (9, 10))], ablations),
         "## Interpretability", measures_table(measured), "Of rhythm / morphology / global / fusion, or"
         " of morphology alone; `tests/faithfulness.py` says what each measure is.",
         *pieces_section(), "## Course: the rhythm branch", course_table(load_runs())]) + "\n"
