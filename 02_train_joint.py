@@ -166,7 +166,7 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
     slow, fast = (
         [t for t in m.state_dict().values() if t.is_floating_point()]
         for m in (average, model))
-    seen, per_epoch = [], -(-N // cfg.batch)
+    seen, per_epoch = [], -(-len(order) // cfg.batch)
     for step, i in enumerate(order.to(data.rows.device).split(cfg.batch)):
         x, y = data.x[data.rows[i]], data.y[i]
         if cfg.augment:
@@ -241,7 +241,7 @@ def train(meta, args, cfg, prep):
     if model.kind != "blackbox" and cfg.head == "frozen":
         model.head.requires_grad_(False)
     average = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
-    steps = cfg.epochs * -(-len(data.rows) // cfg.batch)
+    steps = cfg.epochs * -(-(len(data.rows) - 1) // cfg.batch)
     optimizer, scheduler = make_optimizer(model, cfg, steps)
     parts = dict(
         model=model, average=average, optimizer=optimizer, scheduler=scheduler)
@@ -283,8 +283,9 @@ def train(meta, args, cfg, prep):
 
     best = best_of(log)
     meta.update(
-        val_auroc=best["val_auroc"], best_epoch=best["epoch"], epochs=log[-1]["epoch"],
-        seconds=round(seconds, 1), hardware=hardware(args), threads=torch.get_num_threads())
+        val_auroc=best["val_auroc"], best_epoch=best["epoch"],
+        epochs=log[-1]["epoch"], seconds=round(seconds, 1),
+        hardware=hardware(args), threads=torch.get_num_threads())
     lines = "".join(json.dumps(line) + "\n" for line in log)
     common.save(out.with_name("log.jsonl"), lines)
     state = {k: v.cpu() for k, v in kept.items()}
@@ -331,8 +332,9 @@ def describe(name, args, cfg, prep):
         sys.exit(f"{args.prep} has no {group} label both in folds 1-8 and in fold 9: "
                  "run 01_preprocess.py with more records")
     files = [Path(__file__).with_name(f) for f in ("common.py", MAKER)]
-    meta = dict(config=asdict(cfg), model=name, round=args.round, classes=classes,
-                per_class=None, code={f.name: common.file_hash(f) for f in files})
+    meta = dict(
+        config=asdict(cfg), model=name, round=args.round, classes=classes,
+        per_class=None, code={f.name: common.file_hash(f) for f in files})
     if kind != "blackbox":  # no more than windows
         most = cfg.per_class[list(WINDOW).index(kind)]
         windows = 32 - WINDOW["partial"] + 1 if kind == "partial" else 1
@@ -434,8 +436,8 @@ def main():
     names = dict.fromkeys(args.model or BRANCHES)
     metas = [describe(n, args, cfg, prep) for n in names]
     for meta in metas:  # what cannot be trained ends here
-        path = args.run / meta["model"] / "joint.pt"
-        made_before(path, meta) or start(meta, args, cfg, prep)
+        files = [args.run / meta["model"] / f for f in ("joint.pt", "last.pt")]
+        any(made_before(f, meta) for f in files) or start(meta, args, cfg, prep)
     best = {m["model"]: train(m, args, cfg, prep) for m in metas}
     results = ", ".join(f"{name} {auroc:.4f}" for name, auroc in best.items())
     print(f"{args.run}: {results} (fold-9 macro-AUROC)")

@@ -172,7 +172,7 @@ def save_classifier(args, prep, name, logits, classes, inputs, arrays={}, **more
     on_val = full[prep.val[prep.later]][:, own]
     y, trained = prep.labels[prep.val][:, own], {}
     auroc = common.macro_auroc(y, on_val)
-    for _, m in inputs:  # or classifiers
+    for _, m in inputs:  # models, or classifiers
         trained |= m.get("trained") or {m["model"]: {k: m.get(k) for k in TRAINED}}
     meta = {**common.provenance(args, *inputs), "name": name, "classes": classes,
             "branches": [], "config": inputs[0][1]["config"], "trained": trained,
@@ -185,7 +185,7 @@ def save_classifier(args, prep, name, logits, classes, inputs, arrays={}, **more
 
 
 def fit_classifier(args, prep, name, branches, own_only=False):
-    """Fit Eq. (10) to scores; then, as strongly, to those before 03."""
+    """Fit Eq. (10) to scores; then, with the same L1, to those before 03."""
     cfg, models = branches[0].cfg, [branch.model for branch in branches]
     p_code = [m.classes[c] for m in models for c in m.p_class.tolist()]
     p_patient = torch.cat([m.p_patient for m in models]).cpu().numpy()

@@ -80,7 +80,7 @@ SETTINGS = dict(  # ours, the authors'; * from their code, as the paper does not
     # Network (3.3)
     width=(32, 64),  # channels of the first stage
     dropout=(0.2, 0.35),  # before the last stage *
-    linear_dropout=(0.5, 0.0),  # before a black box's linear layer
+    linear_dropout=(0.5, 0.0),  # before the linear layer
     scale_input=(True, False),  # standardise leads, by folds 1-8
     start=("random", "imagenet"),  # of 2D backbones; 1D: random
     pool=("meanmax", "mean"),  # over time; 1D, black boxes
@@ -91,11 +91,11 @@ SETTINGS = dict(  # ours, the authors'; * from their code, as the paper does not
     top_k=(5, 30),  # windows in a partial score; 30: all *
     tie=("class", "none"),  # class: its prototypes share one weight
     # Loss (3.4)
-    lambda_clst=(0.02, 0.004),  # * ours: small, as rare labels' BCE
+    lambda_clst=(0.02, 0.004),  # * ours: small, as the BCE of rare labels
     lambda_sep=(0.004, 0.0004),  # *
     lambda_div=(0.1, 250.0),  # *
     lambda_cntrst=(0.1, 600.0),  # *
-    auxiliary=(1.0, 0.0),  # weight of a black box's BCE, same backbone
+    auxiliary=(1.0, 0.0),  # weight of the BCE of a linear head
     class_weights=(False, True),  # w of Eq. (3) *; ours: of mean 1
     sampler=("shuffle", "shuffle"),  # or weighted: rare labels more often
     # Stage 1 (3.5, Appendix E)
@@ -104,7 +104,7 @@ SETTINGS = dict(  # ours, the authors'; * from their code, as the paper does not
     head_start=((10.0, 0.0), (1.0, -0.5)),  # W_cp: own class, others
     epochs=(45, 200),
     patience=(45, 10),  # epochs without a better fold 9
-    batch=(64, 32),
+    batch=(64, 32),  # *
     lr=(3e-3, 1e-4),  # *
     optimizer=("adamw", "adam"),  # adam: decay is an L2 term
     weight_decay=(0.02, 1.7e-4),  # *
@@ -128,7 +128,7 @@ class Conv(nn.Conv1d):
 
     def forward(self, x):
         weight, stride = self.weight[:, :, None], (1, *self.stride)
-        if weight.requires_grad:  # oneDNN adds 0 times memory that may hold NaN
+        if weight.requires_grad and not x.is_cuda:  # oneDNN adds 0 times stray NaN
             weight.register_hook(lambda g: g.nan_to_num(0, 0, 0))
         return F.conv2d(x, weight, stride=stride, padding=(0, *self.padding))
 
@@ -490,7 +490,7 @@ def run(main):
 def save(path, value):
     """Write .npy, .npy.gz, .pt, .json, text or bytes: all at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()  # as torch would store the temporary name
+    content = io.BytesIO()  # else torch stores the temporary name
     if ".npy" in path.suffixes:
         np.save(content, value, allow_pickle=False)
     elif path.suffix == ".pt":

@@ -23,7 +23,8 @@ import common  # noqa: E402
 
 CARD = """# A trained ProtoECGNet
 
-Made by `python tests/pack.py` from a run of the default recipe, seed {seed}, by these commands:
+Made by `python tests/pack.py` from a run of the default recipe, seed {seed}, by these commands
+(03 after all of 02):
 
 ```
 {commands}

@@ -81,7 +81,7 @@ def main():
     plot(table).savefig(out / "pieces.png", dpi=130)
     text = table.round(5).to_csv(index=False)
     for (a, A), (b, B) in itertools.combinations(used.items(), 2):
-        text += f"# {a} and {b} share {(A & B).sum() / (A | B).sum():.3f} of their weights\n"
+        text += f"# {a} and {b} {(A & B).sum() / (A | B).sum():.1%}\n"
     common.save(out / "pieces.csv", text)
     print(text)
 

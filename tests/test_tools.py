@@ -180,7 +180,7 @@ def test_the_curve_passes_through_what_04_chose(tmp_path, monkeypatch):
     run_stage(monkeypatch, "pieces", tmp_path / "a", tmp_path / "b", "--prep", tmp_path / "prep")
     out = tmp_path / "tests/results"
     lines = (out / "pieces.csv").read_text().splitlines()
-    assert lines[-1] == "# a and b share 1.000 of their weights"
+    assert lines[-1] == "# a and b 100.0%"
     table = pd.DataFrame(csv.DictReader(lines[:-1]))
     saved = common.load(tmp_path / "a/classifiers/fusion.pt", "")["meta"]
     row, = table[(table["chosen"] == "True") & (table["fold"] == "9") & (table["run"] == "a")].iloc
