@@ -35,30 +35,32 @@ HEAD = """# All results
 
 Written by `python tests/tables.py` from `tests/results/*.json`. Macro-AUROC on the 2,198 records of
 fold 10; in brackets 95 % intervals over test patients. A bootstrap of fewer than 10 positives gives
-intervals that are too short: those of such a label are drawn from the positives of all labels of its
-branch. In simulations intervals over 71 labels then cover what they claim (a slow test of
+intervals that are too short: those of such a label are drawn from the positives of all labels of
+its branch. In simulations intervals over 71 labels then cover what they claim (a slow test of
 tests/test_05_evaluate.py); those of the rhythm branch are too wide, those of the global branch too
-narrow. Whether a difference is one is judged by the labels with 10 or more positives; the value over
-all labels stands beside. With several seeds: mean ± standard deviation over seeds, and the mean of their intervals' ends.
+narrow. Whether a difference is one is judged by the labels with 10 or more positives; the value
+over all labels stands beside. With several seeds: mean ± standard deviation over seeds, and the
+mean of their intervals' ends.
 
 Fold 10 is not untouched: most settings of the default recipe were tried in runs whose results on it
-were seen too, and it was read for recipes before this one; a first full run of the authors' settings
-led to another start and other class weights, those of the authors' code. Epoch, L1 strength and thresholds are
-chosen on fold 9 alone.
+were seen too, and it was read for recipes before this one; a first full run of the authors'
+settings led to another start and other class weights, those of the authors' code. Epoch, L1
+strength and thresholds are chosen on fold 9 alone.
 
-The run of the paper recipe has two rounds of rhythm and global and so far one of morphology. Its
-epochs and minutes are those of the last round. Many of its prototypes become the same ECG once
-projected (rhythm, global), or lie so far from every ECG that projection ruins Stage 1's classifier
-(morphology) until Stage 3 fits another; for rhythm Stage 3's is the worse one. A mean over batches
-gives rare labels little weight, and hides that this run is worse on them (morphology, global). Not
-tested: one branch for all labels; the authors' settings without the contrastive loss; black boxes but
-for those shown (in our recipe the 2D one is the 1D one); clinicians.
+The run of the paper recipe has two rounds of rhythm and global and the first of morphology, whose
+second has not come near it on fold 9. Its epochs and minutes are those of the last round. Many of
+its prototypes become the same ECG once projected (rhythm, global), or lie so far from every ECG
+that projection ruins Stage 1's classifier (morphology) until Stage 3 fits another; for rhythm Stage
+3's is the worse one. A mean over batches gives rare labels little weight, and hides that this run
+is worse on them (morphology, global). Not tested: one branch for all labels; the authors' settings
+without the contrastive loss; black boxes but for those shown (in our recipe the 2D one is the 1D
+one); clinicians.
 
 Of the default recipe: on labels that are not rare projection costs the fusion little, and own-class
-weights more; over all labels no cost of projection is shown. "Unprojected" is at the L1 strength that
-was chosen for projected prototypes. Cutting out the windows that a prototype
-of the morphology branch matches costs far more than a cut elsewhere. In the global branch the ten
-records that are most like a prototype of DIG do not carry it."""
+weights more; over all labels no cost of projection is shown. "Unprojected" is at the L1 strength
+that was chosen for projected prototypes. Cutting out the windows that a prototype of the morphology
+branch matches costs far more than a cut elsewhere. In the global branch the ten records that are
+most like a prototype of DIG do not carry it."""
 
 
 def load_runs():
