@@ -48,7 +48,7 @@ settings led to another start and other class weights, those of the authors' cod
 strength and thresholds are chosen on fold 9 alone.
 
 The run of the paper recipe has two rounds of rhythm and global and the first of morphology, whose
-second has not come near it on fold 9. Its epochs and minutes are those of the last round. Many of
+second, unfinished, is below it on fold 9. Its epochs and minutes are those of the last round. Many of
 its prototypes become the same ECG once projected (rhythm, global), or lie so far from every ECG
 that projection ruins Stage 1's classifier (morphology) until Stage 3 fits another; for rhythm Stage
 3's is the worse one. A mean over batches gives rare labels little weight, and hides that this run
