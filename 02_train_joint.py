@@ -248,13 +248,15 @@ def train(meta, args, cfg, prep):
     if saved := made_before(last, meta):
         for key, part in parts.items():
             part.load_state_dict(saved[key])
-        log, kept, seconds = saved["log"], saved["kept"], saved["seconds"]
+        log, kept = saved["log"], saved["kept"]
+        seconds = saved["seconds"]
         torch.set_rng_state(saved["random"])
         torch.cuda.set_rng_state_all(saved["random_cuda"])
         print(f"{name}: goes on after epoch {log[-1]['epoch']}")
     else:  # the start is epoch 0
         log = [dict(epoch=0, val_auroc=validate(model, data))]
-        kept, seconds = copy.deepcopy(model.state_dict()), 0.0
+        kept = copy.deepcopy(model.state_dict())
+        seconds = 0.0
         print(f"{name}: {len(model.classes)} labels, fold 9 at first "
               f"{log[0]['val_auroc']:.4f}")
 

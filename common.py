@@ -355,8 +355,8 @@ def load_run(run, models=None, device="cpu"):
 def similarities(head, x):
     """x [B, 12, 1000] mV, filtered -> s [B, P] of all branches, Eq. (9)."""
     x = torch.as_tensor(x).to(head.networks[0].p)
-    s = [n.scores(n.latent(x)) for n in head.networks]
-    return torch.cat(s, 1).cpu().double().numpy()
+    s = [n.scores(n.latent(x)).cpu() for n in head.networks]
+    return torch.cat(s, 1).double().numpy()
 
 
 def evidence(s, A, counts=True):
@@ -374,8 +374,7 @@ def explain(heads, x, patient=None):
     results = []
     for head in heads:
         s = similarities(head, np.array(x)[None])[0]  # [P]
-        patients = np.array([q["patient"] for q in head.prototypes])
-        counts = (patients < 0) | (patients != patient)
+        counts = np.array([q["patient"] < 0 or q["patient"] != patient for q in head.prototypes])
         mean_s = evidence(s[None], head.A, counts)[0]  # [F]
         terms = head.W * np.nan_to_num((mean_s - head.mean) / head.std)  # [C, F]
         logits = head.b + terms.sum(1)  # Eq. (10)
@@ -384,9 +383,8 @@ def explain(heads, x, patient=None):
             p, threshold = expit([logits[c], head.thresholds[c]])
             largest = np.argsort(-abs(terms[c]), kind="stable")
             results.append(dict(
-                label=code, classifier=head.name, probability=p,
-                threshold=threshold, predicted=bool(p >= threshold),
-                logit=logits[c], average=head.b[c], pieces=[
+                label=code, classifier=head.name, probability=p, threshold=threshold,
+                predicted=bool(p >= threshold), logit=logits[c], average=head.b[c], pieces=[
                     {**pieces[f], "weight": head.W[c, f], "contribution": terms[c, f]}
                     for f in largest if head.W[c, f] and pieces[f]["prototypes"]]))
     return sorted(results, key=lambda r: -r["probability"])
@@ -597,4 +595,6 @@ def batched(f, prep, rows, device, what=None, batch=256):
         part = rows[i:i + batch]
         x[:len(part)] = torch.from_numpy(prep.signals[part])
         out.append(f(x.to(device))[:len(part)].cpu())
+        if not out[-1].isfinite().all():
+            sys.exit("the network gives NaN: run 02_train_joint.py with a lower lr")
     return torch.cat(out)
