@@ -163,15 +163,15 @@ def train_epoch(model, average, data, optimizer, scheduler, cfg, epoch):
     if N % cfg.batch == 1:  # a batch of one has no variance
         order = order[:-1]
     model.train()
-    slow, fast = (
+    slow, fast = (  # all but counters
         [t for t in m.state_dict().values() if t.is_floating_point()]
         for m in (average, model))
     seen, per_epoch = [], -(-len(order) // cfg.batch)
     for step, i in enumerate(order.to(data.rows.device).split(cfg.batch)):
         x, y = data.x[data.rows[i]], data.y[i]
         if cfg.augment:
-            crop = model.kind != "global" and epoch <= 0.8 * cfg.epochs
-            x = augment(x, cfg.crop if crop else SAMPLES)
+            short = model.kind != "global" and epoch <= 0.8 * cfg.epochs
+            x = augment(x, cfg.crop if short else SAMPLES)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_fast(device)):
             h = model.features(x)  # [B, 8 * width, L]
             if not boxed:
