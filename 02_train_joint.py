@@ -15,7 +15,7 @@ writes  RUN/MODEL/joint.pt; log.jsonl: a line an epoch, 0 is the start;
     python 02_train_joint.py --no-contrastive --run runs/plain   without Eq. (7)
     python 02_train_joint.py --set width=64 --run runs/wide   other SETTINGS (common.py)
 
-Takes an hour on 2 CPU cores with AVX512-bf16. Last line:
+Takes 35 to 60 minutes on 2 CPU cores with AVX512-bf16. Last line:
 `RUN: rhythm 0.9600, morphology 0.9000, global 0.9400 (fold-9 macro-AUROC)`.
 """
 import copy
