@@ -66,19 +66,19 @@ prototype of DIG do not carry it."""
 
 
 def load_runs():
-    """The saved runs: a recipe's widest first, then those with the fewest changes of settings."""
+    """The saved runs of each recipe, those with the fewest changes of settings first."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return sorted(runs, key=lambda r: (r["recipe"], -r["width"], len(changed(r)), changed(r),
+    return sorted(runs, key=lambda r: (r["recipe"], len(changed(r)), changed(r),
                                        not r["contrastive"], r["seed"]))
 
 
 def changed(run):
-    """What settings of a run are not its recipe's, but for seed, width and contrastive loss."""
+    """What settings of a run are not its recipe's, but for seed and contrastive loss."""
     base = common.RECIPES[run["recipe"]]
     if not run["contrastive"]:
         base = replace(base, **train.WITHOUT[run["recipe"]])
     usual = json.loads(json.dumps(asdict(base)))
-    usual.update(seed=run["seed"], width=run["width"])
+    usual.update(seed=run["seed"])
     config = run["config"]
     found = [f"{k} {v}" for k, v in config.items() if v != usual.get(k, v)]
     for name in [n for n in run["trained"] if n not in BOXES]:
@@ -288,7 +288,8 @@ def page():
     """The text of tests/results/README.md."""
     same, recipes, sections, ablations, measured = {}, {}, [], [], {}
     for r in load_runs():
-        what, changes = f"{r['recipe']} recipe, width {r['width']}", ", ".join(changed(r))
+        width = common.RECIPES[r["recipe"]].width
+        what, changes = f"{r['recipe']} recipe, width {width}", ", ".join(changed(r))
         same.setdefault((what, changes), []).append(r)
     for (what, changes), some in same.items():
         main = (what, changes) == next(key for key in same if key[0] == what)  # fewest changes
