@@ -350,7 +350,7 @@ def test_tables_keep_a_run_and_what_was_measured_of_it(made, monkeypatch, tmp_pa
     assert saved["predictions"] == m["predictions"] and "per_class" not in saved
     assert saved["interpretability"] == {}
     page = tables.page()
-    assert "Default recipe, width 16 (latent_dim 16, per_class [2, 3, 2])" in page
+    assert "Default recipe, width 32 (width 16, latent_dim 16, per_class [2, 3, 2])" in page
     assert module.cell(m["predictions"]["fusion"]["auroc"]) in page
 
 
