@@ -315,8 +315,9 @@ def page():
         "\\* by the authors' measure, the mean over batches of 32 test records.", *sections,
         "## Ablations",
         "One seed, unless several are named: differences may be chance, most of all in the global "
-        "branch. Not run: rows of one branch alone. Epochs kept: of rhythm / morphology / global. "
-        "Core minutes: of their last round. tie: Stages 2 and 3 alone, on networks of the default.",
+        "branch. Some rows are of one branch alone. Epochs kept: of rhythm / morphology / global. "
+        "Core minutes: of their last round. tie none: Stages 2 and 3 alone, on the networks of the run "
+        "that is paired below.",
         table(["setting", "epochs kept", "core minutes",
                *(f"{n}, fold {k}" for n in ABLATED for k in (9, 10))], ablations),
         "Paired with the second training of the default recipe's seed 42 (\"The same seed again\"):",

@@ -354,6 +354,18 @@ def test_tables_keep_a_run_and_what_was_measured_of_it(made, monkeypatch, tmp_pa
     assert module.cell(m["predictions"]["fusion"]["auroc"]) in page
 
 
+def test_tables_show_a_seed_that_was_trained_twice(made, monkeypatch, tmp_path):
+    prep, run, m = made
+    tables = stage("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.keep(run, "mine")
+    assert tables.again_section(tables.load_runs()) == []
+    tables.keep(run, "again/mine")
+    rows = tables.again_section(tables.load_runs())[-1].splitlines()[2:]
+    assert len(tables.load_runs()) == 1 and len(rows) == 2 and rows[0] == rows[1]
+    assert tables.number(m["predictions"]["fusion"]["auroc"][0]) in rows[0]
+
+
 def test_another_input_is_refused_with_the_stage_to_run(made, monkeypatch, tmp_path):
     prep, run, _ = made
     write_run(monkeypatch, tmp_path / "run", prep, models=["rhythm"])
